@@ -1,0 +1,102 @@
+"""Allocations that need no search: one plan within the budget and tight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from agent.projection import Floats, Levels, Space
+
+Sensitivity = Sequence[Sequence[Sequence[float]]]
+_WORST = 1e30
+
+
+def uniform(space: Space) -> Levels:
+    """Return one rate for all blocks, attention as near to it as its units allow."""
+    return space.project(np.full((space.layers, 2), space.target))
+
+
+def uniform_mlp(space: Space) -> Levels:
+    """Return dense attention and one rate for all MLPs.
+
+    Attention units go, from layer 0 on, only where the smallest allowed MLPs would not fit.
+    """
+    dense = len(space.grid.attention) - 1
+    return space.hold([dense] * space.layers, np.full(space.layers, space.target))
+
+
+def heuristic(space: Space, sensitivity: Sensitivity) -> Levels:
+    """Return the plan of least summed cut error under the additive model, greedily.
+
+    `sensitivity[layer][block][level]` is the relative output error of keeping that level. The
+    cuts of each block are taken along the lower convex hull of error over cost, cheapest error
+    per cost first, so that a coarse attention unit competes with many MLP steps at once; this is
+    the greedy solution of the multiple-choice knapsack (its linear relaxation up to one cut).
+    """
+    top = [bound[1] for bound in space.bounds]
+    levels = [(top[0], top[1])] * space.layers
+    for floors in ((space.bounds[0][0], space.bounds[1][0]), (0, 0)):
+        for _, layer, block, level in _cuts(space, sensitivity, levels, floors):
+            if space.budget.is_within(levels):
+                break
+            levels = _cut(space, levels, layer, block, level)
+    errors = [[_clean(sensitivity[i][1])] for i in range(space.layers)]
+
+    def gain(layer: int, level: int) -> float:
+        costs, error = space.budget.mlp[layer], errors[layer][0]
+        value = (error[level] - error[level + 1]) / (costs[level + 1] - costs[level])
+        return float(value) - _WORST * (level >= top[1])
+
+    return space.grow(levels, gain)
+
+
+def _cuts(
+    space: Space, sensitivity: Sensitivity, levels: Levels, floors: tuple[int, int]
+) -> list[tuple[float, int, int, int]]:
+    """Return cuts `(error per cost, layer, block, level to go to)`, the cheapest first."""
+    cuts = []
+    for layer, pair in enumerate(levels):
+        for block in (0, 1):
+            costs = (space.budget.attention, space.budget.mlp)[block][layer]
+            errors = _clean(sensitivity[layer][block])
+            hull = _lower_hull(costs, errors, floors[block], pair[block])
+            for upper, lower in pairwise(hull):
+                slope = (errors[lower] - errors[upper]) / (costs[upper] - costs[lower])
+                cuts.append((float(slope), layer, block, lower))
+    return sorted(cuts)
+
+
+def _cut(space: Space, levels: Levels, layer: int, block: int, level: int) -> Levels:
+    """Return `levels` cut to `level`; an MLP only as far as the budget asks."""
+    result = list(levels)
+    attention, mlp = result[layer]
+    if block == 0:
+        result[layer] = (min(attention, level), mlp)
+        return result
+    while mlp > level and not space.budget.is_within(result):
+        mlp -= 1
+        result[layer] = (attention, mlp)
+    return result
+
+
+def _lower_hull(costs: Sequence[float], errors: Floats, low: int, high: int) -> list[int]:
+    """Return levels on the lower convex hull of error over cost, from `high` down to `low`."""
+    hull: list[int] = []
+    for level in range(high, low - 1, -1):
+        while len(hull) > 1 and _is_above(costs, errors, hull[-2], hull[-1], level):
+            hull.pop()
+        hull.append(level)
+    return hull
+
+
+def _is_above(costs: Sequence[float], errors: Floats, left: int, middle: int, right: int) -> bool:
+    """Return whether `middle` lies on or above the line from `left` to `right`."""
+    whole = (errors[right] - errors[left]) * (costs[left] - costs[middle])
+    part = (errors[middle] - errors[left]) * (costs[left] - costs[right])
+    return bool(part >= whole)
+
+
+def _clean(errors: Sequence[float]) -> Floats:
+    return np.nan_to_num(np.asarray(errors, dtype=np.float64), nan=1e6, posinf=1e6, neginf=0.0)

@@ -1,0 +1,1 @@
+"""Drivers: what turns prompts into replies."""

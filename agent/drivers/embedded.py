@@ -1,0 +1,199 @@
+"""A driver in this process: a transformers model that decodes a batch under JSON grammars.
+
+Shapes: N requests of a batch, T prompt tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import xgrammar
+from jinja2.exceptions import TemplateError
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from agent.drivers.driver import Completion, Message, Request
+
+
+class EmbeddedDriver:
+    """Batched sampling with left padding, one compiled grammar and one random stream a request.
+
+    Sampling draws from a generator of the request's own seed, so neither the global random state
+    nor the seeds of neighbours in the batch matter. The model is used as it is and never changed.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str, batch: int = 8) -> None:
+        """Take a causal language model in evaluation mode and its tokenizer.
+
+        `name` is what completions report; `batch` the requests decoded at once, at least 1.
+        """
+        self._model, self._tokenizer = model, tokenizer
+        self._name, self._batch = name, batch
+        self._stops = _stop_tokens(model, tokenizer)
+        vocabulary = int(model.get_output_embeddings().weight.shape[0])
+        self._compiler = xgrammar.GrammarCompiler(
+            xgrammar.TokenizerInfo.from_huggingface(
+                tokenizer, vocab_size=vocabulary, stop_token_ids=self._stops
+            )
+        )
+        self._grammars: dict[str, Any] = {}
+        self._vocabulary = vocabulary
+
+    def complete(self, requests: Sequence[Request]) -> list[Completion]:
+        """Return one completion for each request, in order.
+
+        Raises:
+            ValueError: a prompt and its longest reply do not fit into the model's context.
+        """
+        prompts = [self._tokens(x) for x in requests]
+        result = []
+        for start in range(0, len(requests), self._batch):
+            end = start + self._batch
+            result += self._complete_batch(requests[start:end], prompts[start:end])
+        return result
+
+    def _complete_batch(
+        self, requests: Sequence[Request], prompts: Sequence[list[int]]
+    ) -> list[Completion]:
+        began = time.perf_counter()
+        ids_NT, mask_NT = self._padded(prompts)
+        sampler = _GrammarSampler(
+            requests, [self._matcher(x) for x in requests], self._vocabulary, self._stops[0]
+        )
+        with torch.no_grad():
+            output = self._model.generate(
+                input_ids=ids_NT,
+                attention_mask=mask_NT,
+                max_new_tokens=max(x.max_tokens for x in requests),
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=self._stops,
+                pad_token_id=self._stops[0],
+                logits_processor=LogitsProcessorList([sampler]),
+            )
+        replies = [self._reply(row) for row in output[:, ids_NT.shape[1] :].tolist()]
+        seconds = (time.perf_counter() - began) / len(requests)
+        return [
+            Completion(
+                text=self._tokenizer.decode(reply, skip_special_tokens=True),
+                prompt_tokens=len(prompt),
+                completion_tokens=len(reply),
+                seconds=seconds,
+                model=self._name,
+            )
+            for prompt, reply in zip(prompts, replies, strict=True)
+        ]
+
+    def _tokens(self, request: Request) -> list[int]:
+        """Return the prompt's tokens, which are never truncated."""
+        text = _rendered(self._tokenizer, request.messages)
+        has_template = self._tokenizer.chat_template is not None
+        ids = list(self._tokenizer(text, add_special_tokens=not has_template)["input_ids"])
+        context = int(self._model.config.max_position_embeddings)
+        if len(ids) + request.max_tokens > context:
+            raise ValueError(
+                f"driver {self._name}: prompt of {len(ids)} tokens and driver.max_tokens "
+                f"{request.max_tokens} exceed its context of {context}"
+            )
+        return ids
+
+    def _padded(self, prompts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        width = max(len(x) for x in prompts)
+        pad = self._stops[0]
+        ids_NT = torch.tensor([[pad] * (width - len(x)) + x for x in prompts])
+        mask_NT = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in prompts])
+        device = self._model.device
+        return ids_NT.to(device), mask_NT.to(device)
+
+    def _matcher(self, request: Request) -> Any:
+        """Return a fresh matcher of the request's schema, None for free text."""
+        if not request.schema:
+            return None
+        key = json.dumps(request.schema)
+        if key not in self._grammars:
+            self._grammars[key] = self._compiler.compile_json_schema(key, any_whitespace=False)
+        return xgrammar.GrammarMatcher(self._grammars[key])
+
+    def _reply(self, tokens: list[int]) -> list[int]:
+        """Return the tokens before the first stop token."""
+        stop = next((i for i, x in enumerate(tokens) if x in self._stops), len(tokens))
+        return tokens[:stop]
+
+
+class _GrammarSampler(LogitsProcessor):
+    """Leaves only the token that it has sampled for each row, within the row's grammar."""
+
+    def __init__(
+        self, requests: Sequence[Request], matchers: Sequence[Any], vocabulary: int, stop: int
+    ) -> None:
+        self._requests, self._matchers = requests, matchers
+        self._generators = [torch.Generator().manual_seed(x.seed) for x in requests]
+        self._bitmask = xgrammar.allocate_token_bitmask(1, vocabulary)
+        self._stop, self._step = stop, 0
+        self._ended = [False] * len(requests)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return scores (N, V) that are 0 at the chosen token and -inf elsewhere."""
+        logits_NV = scores.to("cpu", torch.float32)
+        chosen = [self._choose(i, row) for i, row in enumerate(logits_NV)]
+        self._step += 1
+        result = torch.full_like(scores, float("-inf"))
+        index = torch.tensor(chosen, device=scores.device)[:, None]
+        return result.scatter_(1, index, 0.0)
+
+    def _choose(self, row: int, logits_V: torch.Tensor) -> int:
+        request, matcher = self._requests[row], self._matchers[row]
+        if self._ended[row] or self._step >= request.max_tokens:
+            return self._stop
+        if matcher is not None:
+            matcher.fill_next_token_bitmask(self._bitmask)
+            logits_V = logits_V.clone()[None]
+            xgrammar.apply_token_bitmask_inplace(logits_V, self._bitmask, backend="cpu")
+            logits_V = logits_V[0]
+        token = self._sample(row, logits_V, request.temperature)
+        if matcher is not None:
+            assert matcher.accept_token(token)
+            self._ended[row] = matcher.is_terminated()
+        else:
+            self._ended[row] = token == self._stop
+        return token
+
+    def _sample(self, row: int, logits_V: torch.Tensor, temperature: float) -> int:
+        if temperature == 0:
+            return int(logits_V.argmax())
+        chances_V = torch.softmax(logits_V / temperature, dim=0)
+        return int(torch.multinomial(chances_V, 1, generator=self._generators[row]))
+
+
+def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Return the ids that end a reply, the tokenizer's own first."""
+    configured = model.generation_config.eos_token_id
+    more = configured if isinstance(configured, list) else [configured]
+    ids = dict.fromkeys(x for x in [tokenizer.eos_token_id, *more] if x is not None)
+    if not ids:
+        raise ValueError("driver: the tokenizer and the model name no end-of-text token")
+    return [int(x) for x in ids]
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Message]) -> str:
+    """Return the prompt by the chat template; without one, the contents in order."""
+    if tokenizer.chat_template is None:
+        return "\n\n".join(x["content"] for x in messages) + "\n\n"
+    settings = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), **settings))
+    except TemplateError:
+        return str(tokenizer.apply_chat_template(_without_system(messages), **settings))
+
+
+def _without_system(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages with the system's words at the head of the first user message."""
+    system = "\n\n".join(x["content"] for x in messages if x["role"] == "system")
+    rest = [dict(x) for x in messages if x["role"] != "system"]
+    rest[0]["content"] = f"{system}\n\n{rest[0]['content']}"
+    return rest

@@ -1,0 +1,191 @@
+"""The nodes of the search graph: small functions from state to a part of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from langgraph.runtime import Runtime
+
+from agent import population
+from agent.candidate import Candidate
+from agent.operators import Slot, choose_parents, propose
+from agent.state import SearchContext, SearchState
+from pruning.plan import Plan
+
+Update = dict[str, Any]
+
+NOT_FINITE = 1e30
+_PAIRS = 9_973  # keeps the draws of parents apart from those of the operators
+
+
+def generate(_: SearchState, runtime: Runtime[SearchContext]) -> Update:
+    """Propose the first generation."""
+    context = runtime.context
+    count = min(context.settings.population, context.spending.evaluations_left(0, 0))
+    slots = [Slot(i, "generate") for i in range(count)]
+    return {
+        "generation": 0,
+        "pending": [x.to_json(context) for x in propose(context, 0, slots, [])],
+    }
+
+
+def evaluate(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
+    """Score the pending plans in one batch; what the ledger has is not scored again."""
+    return {"scores": score_pending(runtime.context, state["pending"])}
+
+
+def record(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
+    """Write the generation to the ledger and see whether the search goes on."""
+    context = runtime.context
+    record_generation(context, state["generation"], state["pending"], state["scores"])
+    stopped = context.spending.reached()
+    if not state["pending"]:
+        stopped = stopped or "no new plans"
+    return {"pending": [], "scores": [], "stopped": stopped}
+
+
+def select(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
+    """Choose the parents of the next generation."""
+    context = runtime.context
+    generation = state["generation"] + 1
+    if context.settings.allocator == "random":
+        return {"generation": generation, "parents": []}
+    slot = context.settings.crossover + context.settings.mutate
+    parents = choose_parents(context, generation, slot)
+    return {"generation": generation, "parents": [x.id for x in parents]}
+
+
+def crossover(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
+    """Propose offspring of pairs of parents."""
+    context = runtime.context
+    if len(state["parents"]) < 2:
+        return {"pending": []}
+    parents = _by_id(context, state["parents"])
+    slots = []
+    for index in range(context.settings.crossover):
+        rng = population.generator(context.seed, state["generation"], index, _PAIRS)
+        pair = sorted(rng.choice(len(parents), 2, replace=False).tolist())
+        slots.append(Slot(index, "crossover", tuple(parents[i] for i in pair)))
+    return _extend(context, state["generation"], [], slots)
+
+
+def mutate(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
+    """Propose offspring of single parents, every other one of the first parent."""
+    context, settings = runtime.context, runtime.context.settings
+    parents = _by_id(context, state["parents"])
+    numbers = range(settings.crossover, settings.crossover + settings.mutate)
+    if settings.allocator == "random":
+        slots = [Slot(i, "generate") for i in range(numbers.stop)]
+    else:
+        turns = [0 if i % 2 == 0 else (i // 2 + 1) % len(parents) for i in range(len(numbers))]
+        slots = [Slot(n, "mutate", (parents[t],)) for n, t in zip(numbers, turns, strict=True)]
+    return _extend(context, state["generation"], state["pending"], slots)
+
+
+def score_pending(context: SearchContext, pending: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Return fitness, standard error, sequences and seconds of each pending plan.
+
+    A mean that is not finite counts as `NOT_FINITE`, the worst.
+    """
+    known = {x["key"]: context.ledger.find(x["key"]) for x in pending}
+    fresh = [x for x in pending if known[x["key"]] is None]
+    start = context.clock()
+    plans = [Plan.from_json(x["genotype"]) for x in fresh]
+    table = context.score(plans, context.sequences) if plans else np.empty((0, 1))
+    seconds = (context.clock() - start) / max(len(fresh), 1)
+    if table.shape != (len(plans), len(context.sequences) if plans else 1):
+        raise ValueError(
+            f"score: got shape {table.shape}, want ({len(plans)}, {len(context.sequences)})"
+        )
+    scored = {x["key"]: _summary(row, seconds) for x, row in zip(fresh, table, strict=True)}
+    for key, candidate in known.items():
+        if candidate is not None:
+            scored[key] = {**candidate.scores, "seconds": candidate.seconds}
+    return [scored[x["key"]] for x in pending]
+
+
+def record_generation(
+    context: SearchContext,
+    generation: int,
+    pending: list[dict[str, Any]],
+    scores: list[dict[str, float]],
+) -> None:
+    """Append a generation to the ledger, its best plan assessed; known lines stay as they are."""
+    if not pending:
+        return
+    best = min(range(len(pending)), key=lambda i: (scores[i]["fitness"], i))
+    for i, (proposal, score) in enumerate(zip(pending, scores, strict=True)):
+        if context.ledger.find(proposal["key"]) is not None:
+            continue
+        facts: dict[str, float] = {}
+        if i == best and context.assess is not None:
+            facts = context.assess(Plan.from_json(proposal["genotype"]))
+        candidate = Candidate(
+            id=len(context.ledger.candidates()),
+            generation=generation,
+            operator=proposal["operator"],
+            origin=proposal["origin"],
+            parents=tuple(proposal["parents"]),
+            genotype=tuple((a, b, c) for a, b, c in proposal["genotype"]),
+            key=proposal["key"],
+            scores={k: v for k, v in score.items() if k != "seconds"},
+            accuracy=facts.get("accuracy"),
+            speedup=facts.get("speedup"),
+            tokens=proposal["tokens"],
+            seconds=score["seconds"],
+        )
+        context.ledger.add_candidate(candidate)
+        _tell(context, candidate)
+    winner = context.ledger.find(pending[best]["key"])
+    assert winner is not None
+    context.on_event({"kind": "generation", **generation_line(generation, winner)})
+
+
+def generation_line(generation: int, best: Candidate) -> dict[str, Any]:
+    """Return what a report says of a generation and its best candidate."""
+    return {
+        "generation": generation,
+        "best_fitness": best.fitness,
+        "accuracy": best.accuracy,
+        "speedup": best.speedup,
+    }
+
+
+def _tell(context: SearchContext, candidate: Candidate) -> None:
+    context.on_event(
+        {
+            "kind": "candidate",
+            "id": candidate.id,
+            "generation": candidate.generation,
+            "operator": candidate.operator,
+            "origin": candidate.origin,
+            "fitness": candidate.fitness,
+            "best": context.ledger.best(1)[0].fitness,
+            "evaluations": context.spending.evaluations,
+            "limit": context.settings.evaluations,
+        }
+    )
+
+
+def _summary(row: np.ndarray[Any, np.dtype[np.float64]], seconds: float) -> dict[str, float]:
+    mean, count = float(np.mean(row)), len(row)
+    spread = float(np.std(row, ddof=1)) / math.sqrt(count) if count > 1 else 0.0
+    if not math.isfinite(mean):
+        mean, spread = NOT_FINITE, 0.0
+    return {"fitness": mean, "stderr": spread, "sequences": count, "seconds": seconds}
+
+
+def _extend(
+    context: SearchContext, generation: int, pending: list[dict[str, Any]], slots: list[Slot]
+) -> Update:
+    """Return the pending plans with those of `slots` added, as many as may still be scored."""
+    slots = slots[: context.spending.evaluations_left(generation, len(pending))]
+    made = propose(context, generation, slots, [x["key"] for x in pending])
+    return {"pending": [*pending, *(x.to_json(context) for x in made)]}
+
+
+def _by_id(context: SearchContext, ids: list[int]) -> list[Candidate]:
+    known = {x.id: x for x in context.ledger.candidates()}
+    return [known[i] for i in ids]

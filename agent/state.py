@@ -1,0 +1,114 @@
+"""What changes in a search (plain JSON, checkpointed) and what does not (handles)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent import allocators
+from agent.allocators import Sensitivity
+from agent.budget import Spending
+from agent.drivers.driver import Driver
+from agent.ledger import Ledger
+from agent.parse import Block, Bounds
+from agent.projection import Levels, Space
+from agent.settings import DriverSettings, SearchSettings
+from prompts.library import Strategy
+from pruning.plan import Budget, Grid, Plan
+
+Score = Callable[[Sequence[Plan], Sequence[int]], NDArray[np.float64]]
+Assess = Callable[[Plan], dict[str, float]]
+Event = dict[str, Any]
+
+MAX_MLP_MOVE = 8
+
+
+class SearchState(TypedDict):
+    """Where a search stands; the ledger holds the rest.
+
+    Attributes:
+        generation: the one being made, from 0.
+        pending: proposals that wait for scores, as JSON.
+        scores: one `{fitness, stderr, sequences, seconds}` for each pending proposal.
+        parents: ids of the selected candidates.
+        stopped: why the search ends, or None.
+    """
+
+    generation: int
+    pending: list[dict[str, Any]]
+    scores: list[dict[str, float]]
+    parents: list[int]
+    stopped: str | None
+
+
+@dataclass(frozen=True)
+class SearchContext:
+    """Handles of one search.
+
+    Attributes:
+        settings: limits, sizes and allocator.
+        driver_settings: sampling of the driver.
+        seed: with the replies of the driver, all that randomness depends on.
+        grid, budget: the allowed plans.
+        score: plans and sequence indices to fitness per sequence, lower is better.
+        sequences: indices that `score` is asked for.
+        sensitivity: `[layer][block][level]` cut errors, block 0 attention and 1 MLP.
+        assess: accuracy (0 to 1) and speedup (above 0) of the best plan of a generation, or None.
+        driver, strategy: needed by the llm allocator only.
+        ledger: of the run folder.
+        clock: seconds that only grow.
+        on_event: told of every candidate, generation and LLM attempt.
+    """
+
+    settings: SearchSettings
+    driver_settings: DriverSettings
+    seed: int
+    grid: Grid
+    budget: Budget
+    score: Score
+    sequences: Sequence[int]
+    sensitivity: Sensitivity
+    assess: Assess | None
+    driver: Driver | None
+    strategy: Strategy | None
+    ledger: Ledger
+    clock: Callable[[], float]
+    on_event: Callable[[Event], None] = lambda event: None
+
+    @cached_property
+    def space(self) -> Space:
+        """The plans this search may visit."""
+        return Space(self.grid, self.budget, self.settings.min_rate, self.settings.max_rate)
+
+    @cached_property
+    def spending(self) -> Spending:
+        """What was spent; counts from the first time it is asked for."""
+        return Spending.begin(self.settings, self.ledger, self.clock)
+
+    @cached_property
+    def first_plan(self) -> Levels:
+        """The heuristic plan, or the uniform one where `seed_plan` is off."""
+        if not self.settings.seed_plan:
+            return allocators.uniform(self.space)
+        return self.conform(allocators.heuristic(self.space, self.sensitivity))
+
+    @cached_property
+    def reply_bounds(self) -> Bounds:
+        """What replies of the driver may name."""
+        space, settings = self.space, self.settings
+        units: dict[Block, int] = {"mlp": min(MAX_MLP_MOVE, max(1, len(self.grid.mlp) - 1))}
+        blocks = settings.granularity == "block"
+        attention = space.bounds[0][1] - space.bounds[0][0]
+        if blocks and attention > 0:
+            units["attention"] = min(attention, 2)
+        percent = round(100 * settings.min_rate), round(100 * settings.max_rate)
+        return Bounds(space.layers, percent, units, blocks)
+
+    def conform(self, levels: Levels) -> Levels:
+        """Return `levels` with one rate a layer where the granularity asks for it."""
+        return levels if self.settings.granularity == "block" else self.space.one_rate(levels)

@@ -1,0 +1,1 @@
+"""The judges: perplexity, tasks, latency, memory, significance."""

@@ -1,0 +1,94 @@
+"""Divergence of a pruned model's next-token distribution from the dense model's.
+
+Both models share the head E (V, D), which pruning leaves alone. With the dense distribution p and
+the pruned hidden state h, the cross term of the divergence is linear in the logits:
+sum_v p_v (E h)_v = h . (E' p). E' p is the same for every candidate, so that a candidate costs one
+matrix product with the head and one log-sum-exp, nothing else over the vocabulary.
+
+Shapes: N token positions, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK = 256
+
+
+class DenseReference:
+    """What the dense model predicts at N positions, prepared once and met by many candidates."""
+
+    def __init__(self, hidden_ND: Tensor, head_VD: Tensor) -> None:
+        self._head = head_VD
+        expected, neg_entropy = [], []
+        for hidden in hidden_ND.split(CHUNK):
+            log_p = _log_softmax(hidden, head_VD)
+            p = log_p.exp()
+            neg_entropy.append((p * log_p).sum(-1))
+            expected.append(_accurate(p.to(head_VD.dtype) @ head_VD))
+        self._expected_ND = torch.cat(expected)
+        self._neg_entropy_N = torch.cat(neg_entropy)
+
+    def kl(self, hidden_ND: Tensor) -> Tensor:
+        """Return KL(dense || pruned) in nats at each position (N,), >= 0 up to rounding."""
+        log_z = log_partition(hidden_ND, self._head)
+        cross = (_accurate(hidden_ND) * self._expected_ND).sum(-1)
+        return self._neg_entropy_N - cross + log_z
+
+
+class TopReference:
+    """The k most likely tokens of the dense model and one bucket for the rest: `kl_top512`.
+
+    Merging outcomes never raises a divergence (data-processing inequality), so this is a lower
+    bound of `kl`; it holds k numbers a position instead of a distribution.
+    """
+
+    def __init__(self, hidden_ND: Tensor, head_VD: Tensor, k: int = 512) -> None:
+        self._head = head_VD
+        k = min(k, head_VD.shape[0])
+        tops = [_log_softmax(x, head_VD).topk(k, dim=-1) for x in hidden_ND.split(CHUNK)]
+        self._log_p_NK = torch.cat([x.values for x in tops])
+        self._indices_NK = torch.cat([x.indices for x in tops])
+
+    def kl(self, hidden_ND: Tensor) -> Tensor:
+        """Return the divergence over k + 1 outcomes in nats at each position (N,)."""
+        rows = []
+        chunks = zip(
+            hidden_ND.split(CHUNK),
+            self._log_p_NK.split(CHUNK),
+            self._indices_NK.split(CHUNK),
+            strict=True,
+        )
+        for hidden, log_p, indices in chunks:
+            log_q = _log_softmax(hidden, self._head).gather(-1, indices)
+            inside = (log_p.exp() * (log_p - log_q)).sum(-1)
+            tail_p, tail_q = (_tail(x) for x in (log_p, log_q))
+            rows.append(inside + tail_p * (tail_p.log() - tail_q.log()))
+        return torch.cat(rows)
+
+
+def negative_log_likelihood(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """Return -log q(target) in nats at each position (N,)."""
+    logit = (_accurate(hidden_ND) * _accurate(head_VD[targets_N])).sum(-1)
+    return log_partition(hidden_ND, head_VD) - logit
+
+
+def log_partition(hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
+    """Return log sum_v exp(E h)_v at each position (N,), in float32 or better."""
+    chunks = hidden_ND.split(CHUNK)
+    return torch.cat([_accurate(x @ head_VD.T).logsumexp(-1) for x in chunks])
+
+
+def _log_softmax(hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
+    return _accurate(hidden_ND @ head_VD.T).log_softmax(-1)
+
+
+def _tail(log_p_NK: Tensor) -> Tensor:
+    """Return the probability that the listed tokens leave over, at least the smallest float."""
+    rest = 1 - log_p_NK.exp().sum(-1)
+    return rest.clamp_min(torch.finfo(rest.dtype).tiny)
+
+
+def _accurate(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

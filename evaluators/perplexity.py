@@ -1,0 +1,98 @@
+"""Perplexity over non-overlapping windows, the protocol of the pruning literature.
+
+Shapes: N windows, L tokens a window, B windows a batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from evaluators.metric import Metric
+
+# Entries of fp32 logits held at once: 16 Mi entries are 64 MiB.
+_LOGIT_ENTRIES = 16 * 2**20
+
+
+def windows(token_ids: Tensor, length: int) -> Tensor:
+    """Non-overlapping windows (N, L) of a token stream; the tail that fills none is dropped.
+
+    Args:
+        token_ids: One stream of token ids, shape (T,).
+        length: Tokens a window, at least 2.
+
+    Raises:
+        ValueError: If the stream holds not even one window.
+    """
+    if token_ids.ndim != 1 or length < 2:
+        raise ValueError(
+            f"windows: got shape {tuple(token_ids.shape)} and length {length}, "
+            "allowed one dimension and length >= 2"
+        )
+    count = len(token_ids) // length
+    if count == 0:
+        raise ValueError(
+            f"windows: got {len(token_ids)} tokens, need at least {length} for one window"
+        )
+    return token_ids[: count * length].reshape(count, length)
+
+
+def perplexity(
+    model: nn.Module, windows_NL: Tensor, batch_size: int = 1, name: str = "perplexity"
+) -> Metric:
+    """Perplexity of a causal language model on windows of equal length.
+
+    `value = exp(m)`, `m` the mean over windows of the mean cross-entropy of the L - 1 predicted
+    tokens; `stderr = value * sd / sqrt(N)` (delta method, windows taken as independent).
+
+    Args:
+        model: Takes token ids (B, L) and returns an object with `logits` (B, L, V).
+        windows_NL: Token ids, shape (N, L).
+        batch_size: Windows a forward pass; keep it equal across compared models, because low
+            precision results depend on it.
+        name: Name of the metric, e.g. that of the text.
+    """
+    losses_N = window_losses(model, windows_NL, batch_size)
+    count = len(losses_N)
+    value = math.exp(float(losses_N.mean()))
+    stderr = value * float(losses_N.std()) / math.sqrt(count) if count > 1 else None
+    return Metric(name, value, stderr, count, "", higher_is_better=False)
+
+
+@torch.inference_mode()
+def window_losses(model: nn.Module, windows_NL: Tensor, batch_size: int = 1) -> Tensor:
+    """Mean cross-entropy in nats of every window, shape (N,), float64 on the CPU."""
+    if windows_NL.ndim != 2 or windows_NL.shape[1] < 2 or batch_size < 1:
+        raise ValueError(
+            f"perplexity: got windows of shape {tuple(windows_NL.shape)} and batch size "
+            f"{batch_size}, allowed (n, length >= 2) and batch size >= 1"
+        )
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    losses = []
+    for start in range(0, len(windows_NL), batch_size):
+        ids_BL = windows_NL[start : start + batch_size].to(device)
+        logits_BLV = model(input_ids=ids_BL, use_cache=False).logits
+        losses.append(_batch_losses(logits_BLV, ids_BL).cpu())
+    model.train(was_training)
+    return torch.cat(losses)
+
+
+def _batch_losses(logits_BLV: Tensor, ids_BL: Tensor) -> Tensor:
+    """Mean loss of each window, taking only so many positions to fp32 at a time as fit."""
+    batch, length, vocabulary = logits_BLV.shape
+    step = max(1, _LOGIT_ENTRIES // (batch * vocabulary))
+    total_B = torch.zeros(batch, dtype=torch.float64, device=logits_BLV.device)
+    for start in range(0, length - 1, step):
+        stop = min(start + step, length - 1)
+        chunk = logits_BLV[:, start:stop]
+        # Models in float64 stay there; anything narrower is widened.
+        chunk = chunk if chunk.dtype == torch.float64 else chunk.float()
+        target = ids_BL[:, start + 1 : stop + 1]
+        loss = cross_entropy(chunk.flatten(0, 1), target.flatten(), reduction="none")
+        total_B += loss.view(batch, -1).double().sum(dim=1)
+    return total_B / (length - 1)

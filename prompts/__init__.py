@@ -1,0 +1,1 @@
+"""The words: one folder of prompt files per strategy."""

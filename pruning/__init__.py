@@ -1,0 +1,1 @@
+"""The surgeon: statistics, ranking, correction, elastic model, slicing, export."""

@@ -1,0 +1,49 @@
+"""Export: a Hugging Face folder that stock transformers loads without this project."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pruning import modeling_pruned
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def export(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: torch.dtype,
+) -> PreTrainedModel:
+    """Write weights (safetensors), configuration, tokenizer and, unless the model is a stock
+    one, the self-contained modelling file; return the model in the export dtype.
+
+    The model is converted in place.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    model = model.to(dtype)
+    if not is_stock(model):
+        name = type(model).__name__
+        module = "modeling_pruned"
+        model.config.auto_map = {
+            "AutoConfig": f"{module}.{type(model.config).__name__}",
+            "AutoModel": f"{module}.{name.replace('ForCausalLM', 'Model')}",
+            "AutoModelForCausalLM": f"{module}.{name}",
+        }
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if not is_stock(model):
+        shutil.copyfile(str(modeling_pruned.__file__), folder / "modeling_pruned.py")
+    return model
+
+
+def is_stock(model: PreTrainedModel) -> bool:
+    """Return whether the model is a class of transformers itself."""
+    return type(model).__module__.startswith("transformers.")

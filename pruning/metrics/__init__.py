@@ -1,0 +1,1 @@
+"""Metrics that say which units are unimportant."""

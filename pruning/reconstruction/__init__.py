@@ -1,0 +1,1 @@
+"""Corrections that let the surviving units make up for the removed ones."""

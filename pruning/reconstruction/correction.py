@@ -1,0 +1,143 @@
+"""Corrections of an output projection for every prefix of its input channels.
+
+A block's output projection W (O, N), columns in rank order (most important first), meets inputs
+x with moments of the dense model. Cutting at k keeps the first k channels. All three corrections
+share one contract: the weight and bias after a cut, and the expected squared output error of
+every cut, per token.
+
+Shapes: O output channels, N input channels, k kept.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from pruning.statistics import BlockStatistics
+
+Reconstruction = Literal["none", "bias", "least_squares"]
+
+
+class Correction(Protocol):
+    """What the survivors carry after a cut."""
+
+    def cut(self, kept: int) -> tuple[Tensor, Tensor | None]:
+        """Return the weight (O, kept) and the bias (O,), or None for no bias, in float32."""
+
+    def errors(self) -> Tensor:
+        """Return E|y - y_k|^2 per token for k = 0..N (N + 1,), float64; the last is 0."""
+
+
+class NoCorrection:
+    """The surviving columns as they are."""
+
+    def __init__(self, weight_ON: Tensor, statistics: BlockStatistics) -> None:
+        self.weight = weight_ON
+        self._moments = statistics.gram
+
+    def cut(self, kept: int) -> tuple[Tensor, Tensor | None]:
+        """Return the first `kept` columns and no bias."""
+        return self.weight[:, :kept], None
+
+    def errors(self) -> Tensor:
+        """Return tr(W_r H_rr W_r') for the removed suffix r of every cut."""
+        return _suffix_energy(self.weight, self._moments)
+
+
+class BiasCorrection:
+    """The surviving columns, and a bias that replaces the mean of what was removed.
+
+    FLAP (arXiv 2312.11983, eq. 7): b = sum over removed j of E[x_j] W_:,j.
+    """
+
+    def __init__(self, weight_ON: Tensor, statistics: BlockStatistics) -> None:
+        self.weight = weight_ON
+        self._mean = statistics.mean.to(weight_ON)
+        self._moments = centred(statistics)
+
+    def cut(self, kept: int) -> tuple[Tensor, Tensor | None]:
+        """Return the first `kept` columns and the mean output of the others."""
+        return self.weight[:, :kept], self.weight[:, kept:] @ self._mean[kept:]
+
+    def errors(self) -> Tensor:
+        """Return tr(W_r C_rr W_r') with the covariance C of the removed suffix r."""
+        return _suffix_energy(self.weight, self._moments)
+
+
+class LeastSquaresCorrection:
+    """The ridge solution for every cut from one Cholesky factor.
+
+    With the centred and damped second moment C + lambda I = L L' and M = W L, the minimiser of
+    E|W_k x_k - W x|^2 + lambda |W_k - W_:,k|^2 over centred inputs is W_k = M[:, :k] L[:k, :k]^-1:
+    one triangular solve a cut, least squares with a ridge towards the original weights. The
+    bias W mu - W_k mu_k restores the mean. lambda = `ridge` times the mean diagonal of C.
+    """
+
+    def __init__(self, weight_ON: Tensor, statistics: BlockStatistics, ridge: float) -> None:
+        damped = centred(statistics).double()
+        damping = ridge * float(damped.diagonal().mean())
+        damped.diagonal().add_(damping if damping > 0 else ridge)
+        factor = torch.linalg.cholesky(damped)
+        product = weight_ON.double() @ factor
+        self.weight = weight_ON
+        self._mean = statistics.mean.to(weight_ON)
+        self._mean_output = weight_ON @ self._mean
+        self._factor = factor.to(weight_ON.dtype)
+        self._product = product.to(weight_ON.dtype)
+        self._errors = _suffix_sums(product.square().sum(0))
+
+    def cut(self, kept: int) -> tuple[Tensor, Tensor | None]:
+        """Return the ridge solution on the first `kept` channels, and its bias."""
+        if kept == self.weight.shape[1]:
+            return self.weight, torch.zeros_like(self._mean_output)
+        weight = torch.linalg.solve_triangular(
+            self._factor[:kept, :kept], self._product[:, :kept], upper=False, left=False
+        )
+        return weight, self._mean_output - weight @ self._mean[:kept]
+
+    def errors(self) -> Tensor:
+        """Return the damped residual of every cut: the energy of the columns of M beyond k."""
+        return self._errors
+
+
+def correction(
+    name: str, weight_ON: Tensor, statistics: BlockStatistics, ridge: float
+) -> Correction:
+    """Return the correction by name for a weight (O, N) in float32 or float64, in rank order.
+
+    Raises:
+        ValueError: no correction of that name.
+    """
+    if name == "none":
+        return NoCorrection(weight_ON, statistics)
+    if name == "bias":
+        return BiasCorrection(weight_ON, statistics)
+    if name == "least_squares":
+        return LeastSquaresCorrection(weight_ON, statistics, ridge)
+    raise ValueError(
+        f"pruning.reconstruction: got {name!r}, allowed none, bias, least_squares"
+    )
+
+
+def centred(statistics: BlockStatistics) -> Tensor:
+    """Return the covariance E[x x'] - mu mu' (N, N) in the Gram matrix's dtype."""
+    mean = statistics.mean.to(statistics.gram)
+    return statistics.gram - torch.outer(mean, mean)
+
+
+def _suffix_sums(values_N: Tensor) -> Tensor:
+    """Return sums over j >= k for k = 0..N (N + 1,), float64."""
+    sums = values_N.double().flip(0).cumsum(0).flip(0)
+    return torch.cat([sums, sums.new_zeros(1)])
+
+
+def _suffix_energy(weight_ON: Tensor, moments_NN: Tensor) -> Tensor:
+    """Return tr(W_r H_rr W_r') for every suffix r = k..N-1, k = 0..N.
+
+    Going from k + 1 to k adds row and column k of (W'W * H) restricted to the suffix.
+    """
+    products = (weight_ON.T.double() @ weight_ON.double()) * moments_NN.double()
+    above = products.triu(1).sum(1)
+    return _suffix_sums(products.diagonal() + 2 * above).clamp_min(0)

@@ -1,0 +1,148 @@
+"""Slicing: the physically smaller model that a plan describes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pruning import modeling_pruned
+from pruning.elastic import Prunable
+from pruning.families import Family
+from pruning.plan import LayerPlan, Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# What a configuration carries about where it came from, not about the network.
+_PROVENANCE = ("architectures", "auto_map", "model_type", "quantization_config", "_name_or_path")
+
+
+@torch.no_grad()
+def sliced(prunable: Prunable, plan: Plan) -> PreTrainedModel:
+    """Return a new model whose weights are what `plan` keeps, in the dtype of the dense one.
+
+    A plan that is uniform across layers becomes the stock architecture where the family can hold
+    the correction biases, any other a `pruning.modeling_pruned` class. Weights are copies.
+    """
+    parameters = prunable.parameters(plan)
+    dense: PreTrainedModel = prunable.model  # type: ignore[assignment]
+    state = _outer_state(dense)
+    for index, layer in enumerate(parameters):
+        state |= {f"model.layers.{index}.{name}": x for name, x in layer.items()}
+    has_biases = f"{prunable.family.o}.bias" in parameters[0]
+    built = _stock(prunable.family, dense, plan, state, has_biases)
+    if built is None:
+        built = _built(
+            _per_layer_class(prunable.family),
+            _per_layer_config(prunable.family, dense.config, plan, has_biases),
+            state,
+        )
+    built.generation_config = dense.generation_config
+    built.set_attn_implementation(dense.config._attn_implementation)
+    return built.to(dense.device).eval()
+
+
+def layer_plan(model: PreTrainedModel) -> Plan:
+    """Return what each layer of a sliced or dense model keeps, read off its weights."""
+    layers = []
+    for layer in model.get_submodule("model.layers").children():
+        attention, mlp = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
+        head_dim = int(attention.head_dim)  # type: ignore[arg-type]
+        kv_groups = attention.get_submodule("k_proj").out_features // head_dim  # type: ignore[operator]
+        heads = attention.get_submodule("q_proj").out_features // head_dim  # type: ignore[operator]
+        channels = mlp.get_submodule("down_proj").in_features
+        layers.append(LayerPlan(int(kv_groups), int(heads // kv_groups), int(channels)))  # type: ignore[arg-type]
+    return Plan(tuple(layers))
+
+
+def _outer_state(dense: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the weights outside the layers: embedding, final norm, head."""
+    return {k: v for k, v in dense.state_dict().items() if not k.startswith("model.layers.")}
+
+
+def _widths(layer: LayerPlan) -> dict[str, int]:
+    return {
+        "num_attention_heads": layer.kv_groups * layer.q_per_group,
+        "num_key_value_heads": layer.kv_groups,
+        "intermediate_size": layer.mlp_channels,
+    }
+
+
+def _plain_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the dense configuration's fields with an explicit head_dim."""
+    fields = {k: v for k, v in config.to_dict().items() if k not in _PROVENANCE}
+    fields["head_dim"] = fields.get("head_dim") or (
+        config.hidden_size // config.num_attention_heads
+    )
+    return fields
+
+
+def _per_layer_class(family: Family) -> type[PreTrainedModel]:
+    found: type[PreTrainedModel] = getattr(
+        modeling_pruned, f"Pruned{family.class_prefix}ForCausalLM"
+    )
+    return found
+
+
+def _per_layer_config(
+    family: Family, config: PreTrainedConfig, plan: Plan, has_biases: bool
+) -> PreTrainedConfig:
+    config_class = getattr(modeling_pruned, f"Pruned{family.class_prefix}Config")
+    layers = {index: _widths(layer) for index, layer in enumerate(plan.layers)}
+    widest = {key: max(w[key] for w in layers.values()) for key in layers[0]}
+    fields = _plain_config(config) | widest
+    made: PreTrainedConfig = config_class(
+        **fields, correction_biases=has_biases, per_layer_config=layers
+    )
+    return made
+
+
+def _stock(
+    family: Family, dense: PreTrainedModel, plan: Plan, state: dict[str, Tensor], has_biases: bool
+) -> PreTrainedModel | None:
+    """Return the stock model of a uniform plan, or None where it cannot be expressed.
+
+    Llama holds biases on o and down only together with biases on q, k, v, gate and up: those
+    are zero. The other families have no bias on down.
+    """
+    import transformers
+
+    if not plan.is_uniform or (has_biases and family.name != "llama"):
+        return None
+    fields = _plain_config(dense.config) | _widths(plan.layers[0])
+    if has_biases:
+        fields |= {"attention_bias": True, "mlp_bias": True}
+        state = state | _zero_biases(family, state, len(plan.layers))
+    try:
+        config = getattr(transformers, f"{family.class_prefix}Config")(**fields)
+    except ValueError:  # heads that do not divide the hidden size are refused by stock configs
+        return None
+    return _built(getattr(transformers, f"{family.class_prefix}ForCausalLM"), config, state)
+
+
+def _zero_biases(family: Family, state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    zeros = {}
+    for index in range(layers):
+        for role in (family.q, family.k, family.v, family.gate, family.up):
+            name = f"model.layers.{index}.{role}"
+            if f"{name}.bias" not in state:
+                zeros[f"{name}.bias"] = state[f"{name}.weight"].new_zeros(
+                    state[f"{name}.weight"].shape[0]
+                )
+    return zeros
+
+
+def _built(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, state: dict[str, Tensor]
+) -> PreTrainedModel:
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = model_class(config)
+    copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format)
+              for name, tensor in state.items()}
+    model.load_state_dict(copies, assign=True)
+    model.tie_weights()
+    return model

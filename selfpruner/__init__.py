@@ -1,0 +1,1 @@
+"""The command: configuration, data, pipeline and report."""

@@ -1,0 +1,175 @@
+"""The command `selfpruner`: compress, evaluate, speed, report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+main = typer.Typer(
+    help="Compress a pretrained LLM by structured pruning that an LLM drives.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_HOUSE = Path(__file__).resolve().parents[1]
+_ROOMS = ("agent", "evaluators", "prompts", "pruning", "selfpruner")
+
+
+@main.command()
+def compress(
+    config: Annotated[Path, typer.Argument(help="Configuration, such as configs/demo.yaml.")],
+    *,
+    model: Annotated[
+        str | None, typer.Option(help="Hub id, folder, .gguf file or packaged model.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="What may remain: parameters=0.7.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="Any setting: search.population=16.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/CONFIG by default.")] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Remove an earlier run first.")
+    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="Evaluate on whole task sets.")] = False,
+) -> None:
+    """Prune a model to a budget, export it and report accuracy and speed."""
+    folder = out or Path("runs") / config.stem
+    with _plain_errors(folder):
+        from selfpruner.config import load_config
+        from selfpruner.progress import Progress
+        from selfpruner.run_folder import RunFolder
+
+        settings = list(setting or []) + (["evaluation.samples=null"] if full else [])
+        run = load_config(config, model=model, budget=budget, settings=settings)
+        run_folder = RunFolder.create(folder, run, replace=replace)
+        from selfpruner import pipeline
+
+        try:
+            with Progress() as progress:
+                report_file = pipeline.compress(run, run_folder, progress)
+        except (ValueError, OSError):
+            run_folder.remove_if_unused()
+            raise
+        typer.echo(f"report: {report_file}")
+
+
+@main.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, .gguf file or packaged model.")],
+    *,
+    tasks: Annotated[
+        str | None, typer.Option(help="Names with commas between; all seven by default.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Model to compare with, item by item.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Items a task; whole sets by default.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="The same for both models.")] = 8,
+) -> None:
+    """Measure accuracy on commonsense tasks."""
+    with _plain_errors():
+        from selfpruner.config import TASKS
+
+        names = tuple(tasks.replace(",", " ").split()) if tasks is not None else TASKS
+        unknown = [name for name in names if name not in TASKS]
+        if unknown or not names:
+            got = ", ".join(unknown) or "none"
+            raise ValueError(f"--tasks: got {got}; allowed: {', '.join(TASKS)}")
+        from selfpruner import judge
+        from selfpruner.progress import Progress
+
+        with Progress() as progress:
+            judge.evaluate_command(
+                model,
+                baseline=baseline,
+                tasks=names,
+                samples=samples,
+                batch_size=batch_size,
+                progress=progress,
+            )
+
+
+@main.command()
+def speed(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, .gguf file or packaged model.")],
+    baseline: Annotated[str | None, typer.Option(help="Model to compare with.")] = None,
+) -> None:
+    """Measure prefill and decoding time and memory."""
+    with _plain_errors():
+        from selfpruner import judge
+        from selfpruner.progress import Progress
+
+        with Progress() as progress:
+            judge.speed_command(model, baseline=baseline, progress=progress)
+
+
+@main.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    *,
+    out: Annotated[Path, typer.Option(help="Page that shows several runs side by side.")] = Path(
+        "comparison.html"
+    ),
+) -> None:
+    """Write a run's report.html anew; of several runs, one page that compares them."""
+    with _plain_errors():
+        from selfpruner.report import write_comparison, write_report
+        from selfpruner.run_folder import RunFolder
+
+        folders = [RunFolder.open(path).path for path in runs]
+        one = len(folders) == 1
+        page = write_report(folders[0]) if one else write_comparison(folders, out)
+        typer.echo(f"report: {page}")
+
+
+@contextmanager
+def _plain_errors(folder: Path | None = None) -> Iterator[None]:
+    """Say what a user can mend in one line and exit 2; leave the rest its traceback.
+
+    A ValueError counts as the user's when one of the rooms raised it itself; one from inside a
+    library is a defect of ours. Ctrl-C exits 130.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        where = f"; the run folder is {folder}" if folder and folder.is_dir() else ""
+        typer.echo(f"selfpruner: stopped{where}", err=True)
+        raise typer.Exit(130) from None
+    except ValueError as error:
+        if not _raised_here(error):
+            raise
+        _complain(str(error))
+        raise typer.Exit(2) from None
+    except OSError as error:
+        named = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        _complain(" ".join((named or str(error)).split()))
+        raise typer.Exit(2) from None
+
+
+def _complain(message: str) -> None:
+    for line in message.splitlines():
+        typer.echo(f"selfpruner: {line}", err=True)
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Return whether the statement that raised `error` lies in one of the rooms."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None:
+        return False
+    file = Path(traceback.tb_frame.f_code.co_filename)
+    return any(file.is_relative_to(_HOUSE / room) for room in _ROOMS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""How numbers are written in the report, the comparison and the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+MISSING = "–"  # noqa: RUF001
+_DECIMAL = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+_BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+def whole(value: int | None) -> str:
+    """Return an integer with thousands separators."""
+    return MISSING if value is None else f"{value:,}"
+
+
+def short(value: float) -> str:
+    """Return a count in thousands, millions, ...: `134.5 M`."""
+    return _scaled(value, _DECIMAL, "")
+
+
+def size(value: float | None) -> str:
+    """Return bytes in decimal units: `269.0 MB`."""
+    return MISSING if value is None else _scaled(value, _BYTES, " bytes")
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """Return a number with fixed decimals; a huge one in powers of ten."""
+    if value is None:
+        return MISSING
+    return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """Return a share (0 to 1) in percent."""
+    return MISSING if share is None else f"{100 * share:.{digits}f} %"
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """Return a number with its sign, a real minus, and no sign for what rounds to zero."""
+    text = f"{abs(value):.{digits}f}"
+    if float(text) == 0.0:
+        return text
+    return ("−" if value < 0 else "+") + text  # noqa: RUF001
+
+
+def times(ratio: float | None) -> str:
+    """Return a ratio as a factor: `1.31×`."""  # noqa: RUF002
+    return MISSING if ratio is None else f"{ratio:.2f}×"  # noqa: RUF001
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as `2.31 s`, `6 min 53 s` or `3 h 05 min`."""
+    if seconds < 100:
+        return f"{seconds:.2f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def clip(text: str, most: int) -> str:
+    """Return a label of one line and at most `most` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def _scaled(value: float, steps: tuple[tuple[float, str], ...], plain: str) -> str:
+    for factor, name in steps:
+        if abs(value) >= factor:
+            return f"{value / factor:.1f} {name}"
+    return f"{value:.0f}{plain}"
+
+
+FILTERS: dict[str, Callable[..., str]] = {
+    "whole": whole,
+    "short": short,
+    "size": size,
+    "number": number,
+    "percent": percent,
+    "signed": signed,
+    "times": times,
+    "duration": duration,
+}

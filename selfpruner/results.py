@@ -1,0 +1,287 @@
+"""The numbers of one run: `results.json` as frozen models (schema version 1).
+
+None stands only where a number may honestly be missing: tasks skipped, no driver, a perplexity
+that overflowed. Accuracies are 0 to 1, times seconds unless the name says `ms`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
+
+NORMALISED = frozenset({"hellaswag", "arc_challenge", "openbookqa"})
+Origin = Literal["llm", "llm_repaired", "fallback", "classical", "heuristic"]
+BudgetKind = Literal["parameters", "macs", "bytes", "latency"]
+
+
+def _finite(value: Any) -> Any:
+    """Return None for an infinite or undefined number: JSON has no word for either."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Finite = Annotated[float | None, BeforeValidator(_finite)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Record(BaseModel):
+    """Base of every part: frozen, no unknown keys, no silent conversion, finite numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelNumbers(Record):
+    """The model and its total parameters, embedding and head included."""
+
+    name: str
+    family: str
+    parameters_dense: PositiveInt
+    parameters_pruned: PositiveInt
+
+
+class BudgetNumbers(Record):
+    """What was asked and what was reached, in one unit: a share of the blocks or a total."""
+
+    kind: BudgetKind
+    target: PositiveFloat
+    achieved: PositiveFloat
+
+
+class SearchNumbers(Record):
+    """How the plan was found. `driver` and `strategy` are None where no LLM took part."""
+
+    allocator: str
+    driver: str | None
+    strategy: str | None
+    evaluations: NonNegativeInt
+    llm_calls: NonNegativeInt
+    llm_tokens: NonNegativeInt
+    fallbacks: NonNegativeInt
+    best_fitness: Finite
+    selection_fitness: Finite
+    wall_seconds: NonNegativeFloat
+
+
+class TaskNumbers(Record):
+    """One benchmark: `stderr` belongs to the figure that enters the mean."""
+
+    acc: Share
+    acc_norm: Share | None
+    stderr: NonNegativeFloat
+    n: PositiveInt
+    split: str
+
+
+class QualityNumbers(Record):
+    """Perplexity by text and accuracy by task of one model. `mean` is None without tasks."""
+
+    perplexity: dict[str, Finite]
+    tasks: dict[str, TaskNumbers]
+    mean: Share | None
+
+    def figure(self, task: str) -> float:
+        """Return the accuracy of `task` that enters the mean: acc_norm for `NORMALISED`."""
+        numbers = self.tasks[task]
+        if task in NORMALISED and numbers.acc_norm is not None:
+            return numbers.acc_norm
+        return numbers.acc
+
+
+class Difference(Record):
+    """Mean accuracy, pruned minus dense, paired by item, in percentage points."""
+
+    points: float
+    ci95: Annotated[tuple[float, float], Field(strict=False)]
+
+
+class Quality(Record):
+    """Both models on the same items. `difference` is None without tasks."""
+
+    dense: QualityNumbers
+    pruned: QualityNumbers
+    difference: Difference | None
+
+
+class SpeedRow(Record):
+    """One timing: median milliseconds of the phase over `tokens` tokens.
+
+    `speedup` is dense over pruned; `spread` is its interquartile range over the repeats.
+    """
+
+    phase: str
+    batch: PositiveInt
+    tokens: PositiveInt
+    dense_ms: PositiveFloat
+    pruned_ms: PositiveFloat
+    speedup: PositiveFloat
+    spread: NonNegativeFloat
+
+
+class Speed(Record):
+    """All timings; no rows where speed was not measured."""
+
+    rows: Annotated[tuple[SpeedRow, ...], Field(strict=False)]
+
+
+class Memory(Record):
+    """Bytes of the weights."""
+
+    dense_bytes: PositiveInt
+    pruned_bytes: PositiveInt
+
+
+class Units(Record):
+    """Units of a layer of the dense model."""
+
+    kv_groups: PositiveInt
+    q_per_group: PositiveInt
+    mlp_channels: PositiveInt
+
+
+class LayerUnits(Units):
+    """Units that remain in layer `layer` (from 0)."""
+
+    layer: NonNegativeInt
+
+
+class HistoryRow(Record):
+    """One scored candidate. `best` is the lowest fitness so far; None is a fitness not finite."""
+
+    evaluation: NonNegativeInt
+    generation: NonNegativeInt
+    operator: str
+    origin: Origin
+    fitness: Finite
+    best: Finite
+
+
+class GenerationRow(Record):
+    """The best plan after a generation; accuracy and speedup are None where not asked for."""
+
+    generation: NonNegativeInt
+    best_fitness: Finite
+    accuracy: Share | None
+    speedup: PositiveFloat | None
+
+
+class Control(Record):
+    """A simple plan within the same budget, pruned by the same recipe."""
+
+    parameters: PositiveInt
+    perplexity: dict[str, Finite]
+
+
+class Sample(Record):
+    """One prompt, continued greedily by both models."""
+
+    prompt: str
+    dense: str
+    pruned: str
+
+
+class Cost(Record):
+    """What the run itself took."""
+
+    stage_seconds: dict[str, NonNegativeFloat]
+    peak_memory_bytes: PositiveInt | None
+
+
+class Refit(Record):
+    """Fitness on selection tokens before and after the final refit, and whether it was kept."""
+
+    kept: bool
+    before: Finite
+    after: Finite
+
+
+class Macs(Record):
+    """Multiply-accumulates of one forward pass over `tokens` tokens."""
+
+    dense: PositiveInt
+    pruned: PositiveInt
+    tokens: PositiveInt
+
+
+class Evaluation(Record):
+    """How quality was measured. `samples` is items a task, None for whole sets."""
+
+    batch_size: PositiveInt
+    samples: PositiveInt | None
+    perplexity_length: dict[str, PositiveInt]
+    mean_convention: str
+
+
+class Results(Record):
+    """Every number of a run, with the names of `results.json`. `refit` is None when not tried."""
+
+    schema_version: Literal[1]
+    model: ModelNumbers
+    budget: BudgetNumbers
+    recipe: str
+    search: SearchNumbers
+    quality: Quality
+    speed: Speed
+    memory: Memory
+    units: Annotated[tuple[LayerUnits, ...], Field(strict=False, min_length=1)]
+    units_dense: Units
+    history: Annotated[tuple[HistoryRow, ...], Field(strict=False)]
+    generations: Annotated[tuple[GenerationRow, ...], Field(strict=False)]
+    controls: dict[str, Control]
+    samples: Annotated[tuple[Sample, ...], Field(strict=False)]
+    cost: Cost
+    refit: Refit | None
+    warnings: Annotated[tuple[str, ...], Field(strict=False)]
+    macs: Macs
+    evaluation: Evaluation
+    environment: dict[str, JsonValue]
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all layers keep the same, so that a stock architecture can hold the model."""
+        return len({(x.kv_groups, x.q_per_group, x.mlp_channels) for x in self.units}) == 1
+
+    def save(self, path: Path) -> None:
+        """Write the results as indented JSON."""
+        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """Return the results in `path`.
+
+        Raises:
+            ValueError: the file is missing, is no JSON, or departs from the schema; one line
+                that names the file, the place and what was got.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8 text"
+            raise ValueError(f"{path}: cannot read the results of a run: {reason}") from error
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise ValueError(f"{path}: {_first_problem(error)}") from error
+
+
+def _first_problem(error: ValidationError) -> str:
+    """Return the first problem, its place and how many more there are, in one line."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    place = ".".join(str(part) for part in first["loc"]) or "the file"
+    got = repr(first["input"])
+    shown = got if len(got) <= 60 else got[:57] + "..."
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{place}: {first['msg']}; got {shown}{more}"

@@ -1,0 +1,192 @@
+"""The command: light to start, one line for what a user can mend, tracebacks for our defects."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from selfpruner.cli import main
+from selfpruner.config import CONFIGS, RunConfig, load_config
+from selfpruner.run_folder import RunFolder
+
+DEMO = str(CONFIGS / "demo.yaml")
+
+
+class Recorder:
+    """Stands in for a module of the rooms behind the command and keeps what it was given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: str, *names: str) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self.error: BaseException | None = None
+        double = types.ModuleType(f"selfpruner.{module}")
+        for name in names:
+            setattr(double, name, self._function(name))
+        monkeypatch.setitem(sys.modules, f"selfpruner.{module}", double)
+        monkeypatch.setattr(f"selfpruner.{module}", double, raising=False)
+
+    def _function(self, name: str) -> Any:
+        def call(*arguments: Any, **named: Any) -> Path:
+            self.calls.append((name, arguments, named))
+            if self.error is not None:
+                raise self.error
+            return Path("there") / "report.html"
+
+        return call
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Recorder:
+    monkeypatch.chdir(tmp_path)
+    return Recorder(monkeypatch, "pipeline", "compress")
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(main, list(arguments))
+
+
+def test_the_command_loads_nothing_heavy() -> None:
+    heavy = ("torch", "transformers", "matplotlib", "datasets", "lm_eval", "langgraph", "numpy")
+    code = f"import sys, selfpruner.cli; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_configurations_load_nothing_heavy() -> None:
+    heavy = ("torch", "transformers", "datasets")
+    code = (
+        "import sys; from pathlib import Path; from selfpruner.config import load_config; "
+        f"load_config(Path({DEMO!r})); print([m for m in {heavy} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_lists_the_commands() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    for name in ("compress", "evaluate", "speed", "report"):
+        assert name in result.output
+
+
+def test_compress_hands_the_resolved_configuration_on(pipeline: Recorder) -> None:
+    result = run(
+        "compress", DEMO, "--model", "other", "--budget", "macs=0.5", "--set", "seed=3", "--full"
+    )
+    assert result.exit_code == 0
+    assert f"report: {Path('there') / 'report.html'}" in result.output
+    [(_, (config, folder, _progress), _)] = pipeline.calls
+    assert isinstance(config, RunConfig)
+    assert isinstance(folder, RunFolder)
+    assert (config.model, config.seed, config.budget.macs) == ("other", 3, 0.5)
+    assert config.evaluation.samples is None
+    assert folder.path == Path("runs") / "demo"
+    assert load_config(folder.config) == config
+
+
+def test_a_second_run_needs_replace(pipeline: Recorder) -> None:
+    assert run("compress", DEMO, "--out", "a").exit_code == 0
+    refused = run("compress", DEMO, "--out", "a")
+    assert refused.exit_code == 2
+    assert refused.stderr == (
+        "selfpruner: a: exists; give --replace to remove it, or another --out\n"
+    )
+    assert run("compress", DEMO, "--out", "a", "--replace").exit_code == 0
+    assert len(pipeline.calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("gone.yaml",), "selfpruner: gone.yaml: no such configuration file\n"),
+        (
+            (DEMO, "--set", "search.popsize=3"),
+            "selfpruner: --set search.popsize: unknown key search.popsize; "
+            "did you mean search.population?\n",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_no_folder(
+    pipeline: Recorder, arguments: tuple[str, ...], line: str
+) -> None:
+    result = run("compress", *arguments)
+    assert (result.exit_code, result.stderr) == (2, line)
+    assert not pipeline.calls
+    assert not Path("runs").exists()
+
+
+def test_a_run_that_never_began_leaves_its_name_free(pipeline: Recorder) -> None:
+    pipeline.error = ValueError("model: got 'x'")
+    assert run("compress", DEMO, "--out", "a").exit_code == 2
+    assert not Path("a").exists()
+    RunFolder.create(Path("b"), RunConfig(model="m")).write_text("candidates.jsonl", "{}")
+    pipeline.error = None
+    assert run("compress", DEMO, "--out", "b").exit_code == 2
+    assert Path("b", "candidates.jsonl").exists()
+
+
+def test_a_full_disk_is_one_line(pipeline: Recorder) -> None:
+    pipeline.error = OSError(28, "the disk is full; could not write model.safetensors")
+    result = run("compress", DEMO)
+    assert result.exit_code == 2
+    expected = "selfpruner: the disk is full; could not write model.safetensors\n"
+    assert result.stderr.endswith(expected)
+
+
+def test_ctrl_c_says_where_the_run_is(pipeline: Recorder) -> None:
+    pipeline.error = KeyboardInterrupt()
+    result = run("compress", DEMO)
+    assert result.exit_code == 130
+    assert f"stopped; the run folder is {Path('runs') / 'demo'}" in result.stderr
+
+
+def test_defects_keep_their_traceback(pipeline: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def defective(*_: object) -> None:
+        np.zeros(3).reshape(2)
+
+    monkeypatch.setattr(sys.modules["selfpruner.pipeline"], "compress", defective)
+    result = run("compress", DEMO)
+    assert isinstance(result.exception, ValueError)
+    assert result.exit_code == 1
+    assert not pipeline.calls
+
+
+def test_evaluate_takes_tasks_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = Recorder(monkeypatch, "judge", "evaluate_command", "speed_command")
+    result = run("evaluate", "m", "--tasks", "piqa,boolq", "--baseline", "d", "--samples", "5")
+    assert result.exit_code == 0, result.output
+    [(name, (model,), named)] = judge.calls
+    assert (name, model) == ("evaluate_command", "m")
+    assert named.pop("progress") is not None
+    expected = {"baseline": "d", "tasks": ("piqa", "boolq"), "samples": 5, "batch_size": 8}
+    assert named == expected
+    refused = run("evaluate", "m", "--tasks", "piqa,mmlu")
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("selfpruner: --tasks: got mmlu; allowed: boolq, piqa")
+
+
+def test_speed_compares_with_a_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = Recorder(monkeypatch, "judge", "evaluate_command", "speed_command")
+    assert run("speed", "m", "--baseline", "d").exit_code == 0
+    [(name, (model,), named)] = judge.calls
+    assert (name, model, named["baseline"]) == ("speed_command", "m", "d")
+
+
+def test_report_takes_run_folders_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    report = Recorder(monkeypatch, "report", "write_report", "write_comparison")
+    a, b = (RunFolder.create(tmp_path / x, RunConfig(model="m")) for x in "ab")
+    assert run("report", str(a)).exit_code == 0
+    assert run("report", str(a), str(b), "--out", "side.html").exit_code == 0
+    assert [call[:2] for call in report.calls] == [
+        ("write_report", (a.path,)),
+        ("write_comparison", ([a.path, b.path], Path("side.html"))),
+    ]
+    refused = run("report", str(tmp_path))
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith(f"selfpruner: {tmp_path}: not a run folder")

@@ -1,0 +1,199 @@
+"""The configuration: refusals of one line, layers in order, and a resolved copy that reloads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from pruning.architecture import Architecture
+from selfpruner.config import CONFIGS, RunConfig, load_config, parse_config
+
+Write = Callable[[str], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def _write(text: str) -> Path:
+        path = tmp_path / "x.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return _write
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("search: {popsize: 3}", "unknown key search.popsize; did you mean search.population?"),
+        ("metric: wifv", "unknown key metric; did you mean pruning.metric?"),
+        (
+            "evaluation: {speed: {btch: 1}}",
+            "unknown key evaluation.speed.btch; did you mean evaluation.speed.batch?",
+        ),
+        ("data: {report: [{lenght: 3}]}", "did you mean data.report.length?"),
+        ("zzz: 1", "unknown key zzz; allowed: model, recipe, seed"),
+        (
+            "pruning: {metric: wandas}",
+            "pruning.metric: got 'wandas'; allowed: 'magnitude', 'random', 'wanda_sp' or 'wifv'",
+        ),
+        ("pruning: {ridge: '0.1'}", "pruning.ridge: got '0.1'; allowed: a valid number"),
+        ("pruning: {ridge: 0}", "pruning.ridge: got 0; allowed: greater than 0"),
+        ("pruning: {refit: 1}", "pruning.refit: got 1; allowed: a valid boolean"),
+        ("search: {population: 3.5}", "search.population: got 3.5"),
+        ("evaluation: {samples: true}", "evaluation.samples: got True"),
+        ("evaluation: {tasks: [boolq, piqq]}", "evaluation.tasks.1: got 'piqq'"),
+        ("fitness: {kll: 1}", "fitness: got {'kll': 1.0}; allowed: positive weights over kl"),
+        ("fitness: {kl: .nan}", "fitness.kl: got nan"),
+        ("fitness: {kl: 0}", "allowed: positive weights"),
+        ("fitness: {accuracy: 1}\ndata: {choices: 0}", "data.choices: got 0"),
+        ("budget: {parameters: 0.7, macs: 0.5}", "budget: got parameters and macs"),
+        ("budget: {}", "budget: got none; allowed: exactly one of parameters, macs, bytes"),
+        ("budget: {macs: 2}", "budget.macs: got 2"),
+        ("data: {search: {tokens: 3}}", "data.search.tokens: got 3; allowed: at least"),
+        ("data: {report: [{tokens: 3}]}", "data.report.0.tokens: got 3; allowed: null or"),
+        ("data: {calibrate: {source: wikitext2}}", "it is reported only"),
+        ("data: {search: {source: passagse}}", "did you mean passages?"),
+        ("driver: {kind: none}", "driver.kind: got 'none'; search.allocator llm needs a driver"),
+        ("search: {min_rate: 0.95}", "search.min_rate: got 0.95"),
+        ("recipe: bset", "recipe: got 'bset'; allowed: best, flap, self_pruner, wanda_sp"),
+        ("model: n", "line 2: key model given twice"),
+        ("search: [", "line 2"),
+        ("search: 3", "search: got 3"),
+        ("1: 2", "got the key 1"),
+    ],
+)
+def test_refusals_are_one_line_that_says_where(write: Write, text: str, words: str) -> None:
+    path = write(f"model: m\n{text}")
+    with pytest.raises(ValueError, match=r".") as refusal:
+        load_config(path)
+    message = str(refusal.value)
+    assert words in message
+    assert "\n" not in message
+    assert message.startswith(str(path))
+    assert not isinstance(refusal.value, ValidationError)
+
+
+def test_each_problem_has_its_own_line(write: Write) -> None:
+    with pytest.raises(ValueError, match="seed") as refusal:
+        load_config(write("seed: -1\nexport: {dtype: int8}"))
+    lines = str(refusal.value).splitlines()
+    assert [line.split(": ")[1] for line in lines] == ["model", "seed", "export.dtype"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"settings": ["search.popsize=1"]}, "--set search.popsize: unknown key search.popsize;"),
+        ({"settings": ["seed"]}, "--set: got 'seed', want name=value"),
+        ({"settings": ["model.x=1"]}, "--set model.x: model holds a value"),
+        ({"settings": ["search.=1"]}, "--set search.: got 'search.'"),
+        ({"settings": ["seed=[1"]}, "--set seed=[1"),
+        ({"budget": "0.7"}, "--budget: got '0.7', want name=value, such as parameters=0.7"),
+        ({"budget": "parameters=0"}, "--budget: budget.parameters: got 0"),
+        ({"budget": "params=0.7"}, "--budget: unknown key budget.params; did you mean"),
+        ({"settings": ["recipe=bset"]}, "--set recipe: recipe: got 'bset'"),
+    ],
+)
+def test_refusals_of_the_command_line_name_the_option(
+    write: Write, arguments: dict[str, str], words: str
+) -> None:
+    with pytest.raises(ValueError, match=r".") as refusal:
+        load_config(write("model: m"), **arguments)  # type: ignore[arg-type]
+    assert str(refusal.value).startswith(words)
+    assert "\n" not in str(refusal.value)
+
+
+def test_missing_file_and_wrong_shape(tmp_path: Path, write: Write) -> None:
+    with pytest.raises(ValueError, match=r"none\.yaml: no such configuration file"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(ValueError, match="want a mapping"):
+        load_config(write("- a"))
+
+
+def test_later_layers_win_key_by_key(write: Write) -> None:
+    path = write("model: m\nrecipe: self_pruner\nsearch: {population: 20}\nseed: 3")
+    config = load_config(path, model="n", settings=["seed=4", "search.crossover=5"])
+    assert (config.model, config.seed) == ("n", 4)
+    assert config.search.population == 20  # file over recipe
+    assert config.search.crossover == 5  # command line over recipe
+    assert config.search.evaluations == 430  # recipe over default
+    assert config.pruning.step == 32  # default
+
+
+def test_recipe_can_come_from_the_command_line(write: Write) -> None:
+    config = load_config(write("model: m\nrecipe: best"), settings=["recipe=wanda_sp"])
+    assert config.recipe == "wanda_sp"
+    assert config.pruning.metric == "wanda_sp"
+
+
+def test_a_recipe_may_be_a_path_but_may_not_choose_the_model(tmp_path: Path, write: Write) -> None:
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("pruning: {ridge: 0.5}", encoding="utf-8")
+    assert load_config(write(f"model: m\nrecipe: {recipe}")).pruning.ridge == 0.5
+    recipe.write_text("model: other", encoding="utf-8")
+    with pytest.raises(ValueError, match="model is not allowed in a recipe"):
+        load_config(write(f"model: m\nrecipe: {recipe}"))
+
+
+def test_budget_and_fitness_are_replaced_whole(write: Write) -> None:
+    path = write("model: m\nrecipe: self_pruner\nfitness: {kl: 2.0}\nbudget: {macs: 0.5}")
+    config = load_config(path, budget="bytes=0.6")
+    assert config.fitness == {"kl": 2.0}
+    assert (config.budget.kind, config.budget.target) == ("bytes", 0.6)
+
+
+def test_values_of_set_are_yaml(write: Write) -> None:
+    config = load_config(
+        write("model: m"),
+        settings=["pruning.ridge=1e-3", "evaluation.samples=null", "evaluation.tasks=[piqa]"],
+    )
+    assert config.pruning.ridge == 1e-3
+    assert config.evaluation.samples is None
+    assert config.evaluation.tasks == ("piqa",)
+
+
+@pytest.mark.parametrize("recipe", ["best", "flap", "self_pruner", "wanda_sp"])
+def test_the_resolved_copy_reloads_to_an_equal_tree(tmp_path: Path, recipe: str) -> None:
+    config = load_config(
+        CONFIGS / "demo.yaml",
+        budget="parameters=49e9",
+        settings=[f"recipe={recipe}", "pruning.ridge=1e-7", "fitness.latency=0.1", "seed=7"],
+    )
+    copy = tmp_path / "config.yaml"
+    copy.write_text(config.to_yaml(), encoding="utf-8")
+    assert parse_config(config.to_yaml(), "copy") == config
+    assert load_config(copy) == config
+    assert config != load_config(CONFIGS / "demo.yaml")
+
+
+def test_the_tree_is_frozen() -> None:
+    config = RunConfig(model="m")
+    with pytest.raises(ValidationError, match="frozen"):
+        config.pruning.metric = "random"  # type: ignore[misc]
+
+
+def test_self_pruner_is_the_paper() -> None:
+    recipe = yaml.safe_load((CONFIGS / "recipes" / "self_pruner.yaml").read_text("utf-8"))
+    search = recipe["search"]
+    offspring = search["crossover"] + search["mutate"]
+    assert search["population"] + 20 * offspring == search["evaluations"] == 430
+    assert (search["min_rate"], search["max_rate"]) == (0.1, 0.9)
+    assert recipe["pruning"]["reconstruction"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama-2-7b", 6_738_415_616),
+        ("llama-2-70b", 68_976_648_192),
+        ("llama-3-8b", 8_030_261_248),
+        ("smollm2-135m", 134_515_008),
+    ],
+)
+def test_published_parameter_counts(name: str, parameters: int) -> None:
+    config = yaml.safe_load((CONFIGS / "models" / f"{name}.yaml").read_text("utf-8"))
+    assert Architecture.from_config(config).total_parameters() == parameters

@@ -1,0 +1,89 @@
+"""Progress: sparse plain lines in a log, wall seconds collected, bars on a terminal."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from selfpruner.progress import Progress
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_log_gets_few_lines_with_the_time_left() -> None:
+    clock, log = Clock(), io.StringIO()
+    progress = Progress(log, interval=5.0, clock=clock)
+    with progress.stage("calibrate", 20) as advance:
+        for _ in range(20):
+            clock.now += 1.0
+            advance(1)
+    assert log.getvalue().splitlines() == [
+        "calibrate 5/20, 5.0 s, 15 s left",
+        "calibrate 10/20, 10 s, 10 s left",
+        "calibrate 15/20, 15 s, 5.0 s left",
+        "calibrate 20/20, 20 s, 0.0 s left",
+        "calibrate 20/20 done in 20 s",
+    ]
+
+
+def test_stages_nest_and_their_seconds_add_up() -> None:
+    clock = Clock()
+    progress = Progress(io.StringIO(), clock=clock)
+    with progress.stage("search"):
+        for _ in range(2):
+            with progress.stage("score", 1) as advance:
+                clock.now += 2.0
+                advance()
+        clock.now += 1.0
+    assert progress.seconds == {"score": 4.0, "search": 5.0}
+
+
+def test_a_failed_stage_is_timed_but_not_called_done() -> None:
+    clock, log = Clock(), io.StringIO()
+    progress = Progress(log, clock=clock)
+
+    def fail() -> None:
+        with progress.stage("search", 3):
+            clock.now += 4000.0
+            raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        fail()
+    assert progress.seconds == {"search": 4000.0}
+    assert "done" not in log.getvalue()
+
+
+def test_long_times_are_readable() -> None:
+    clock, log = Clock(), io.StringIO()
+    progress = Progress(log, clock=clock)
+    for name, seconds in [("a", 185.0), ("b", 7620.0)]:
+        with progress.stage(name):
+            clock.now += seconds
+    assert log.getvalue() == "a done in 3 min 05 s\nb done in 2 h 07 min\n"
+
+
+def test_a_terminal_gets_bars_and_notes() -> None:
+    screen = Terminal()
+    with Progress(screen) as progress:
+        with progress.stage("calibrate", 4) as advance, progress.stage("layer") as inner:
+            advance(4)
+            inner()
+            progress.note("kept [1, 2]")
+        with progress.stage("search", 2) as advance:
+            advance(2)
+    shown = screen.getvalue()
+    assert "4/4" in shown
+    assert "2/2" in shown
+    assert "kept [1, 2]" in shown
