@@ -36,7 +36,8 @@ def errors(context: SearchContext) -> NDArray[np.int64]:
         level = min(level, max(len(kept) - 2, 0))
         columns.append([row[block][level] for row in context.sensitivity])
     table = np.nan_to_num(np.array(columns).T, nan=0.0, posinf=0.0, neginf=0.0).clip(min=0)
-    return np.rint(table * (_LARGEST / max(table.max(), 1e-300))).astype(np.int64)
+    scaled: NDArray[np.int64] = np.rint(table * (_LARGEST / max(table.max(), 1e-300))).astype(int)
+    return scaled
 
 
 def sensitivity(context: SearchContext) -> str:
@@ -61,8 +62,8 @@ def table(context: SearchContext, levels: Levels) -> str:
     ]
     if _shows(context, "sensitivity"):
         columns += (["attention error"] if attention else []) + ["mlp error"]
-        for row, (a, m) in zip(values, errors(context), strict=True):
-            row += ([int(a)] if attention else []) + [int(m)]
+        for i, (a, m) in enumerate(errors(context)):
+            values[i] += ([int(a)] if attention else []) + [int(m)]
     return "\n".join([",".join(columns), *(",".join(map(str, row)) for row in values)])
 
 

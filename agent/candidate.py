@@ -74,7 +74,8 @@ class Candidate:
             raise ValueError(f"candidates.jsonl: missing or unknown fields: {odd}")
         if data["origin"] not in get_args(Origin):
             raise ValueError(
-                f"candidates.jsonl: origin {data['origin']!r}, allowed {', '.join(get_args(Origin))}"
+                f"candidates.jsonl: origin {data['origin']!r}, "
+                f"allowed {', '.join(get_args(Origin))}"
             )
         plan = Plan.from_json(data["genotype"])
         if plan.key != data["key"]:

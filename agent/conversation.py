@@ -70,7 +70,8 @@ def ask(
         for i, line in lines.items():
             tokens = answers[i].tokens + line.tokens
             spent += line.tokens
-            value, outcome, repair = _read(questions[i], line)
+            reading = _read(questions[i], line)
+            value, outcome, repair = reading
             _log(context, replace(line, outcome=outcome))
             answers[i] = Answer(value, attempt == 1, tokens)
             if repair is not None:

@@ -16,8 +16,9 @@ from langgraph.graph import END, START, StateGraph
 
 from agent import allocators, nodes
 from agent.candidate import Candidate
-from agent.operators import Proposal, Slot
+from agent.operators import Proposal
 from agent.projection import Levels
+from agent.questions import Slot
 from agent.state import SearchContext, SearchState
 
 _THREAD: RunnableConfig = {"configurable": {"thread_id": "search"}}
@@ -131,7 +132,7 @@ def _fixed(context: SearchContext) -> Callable[[], Levels] | None:
 
 def _score_fixed(context: SearchContext, make: Callable[[], Levels]) -> str:
     """Score and record the one plan of `make`."""
-    slot = Slot(0, context.settings.allocator)
+    slot = Slot(0, 0, context.settings.allocator)
     pending = [Proposal(slot, "heuristic", make()).to_json(context)]
     nodes.record_generation(context, 0, pending, nodes.score_pending(context, pending))
     return "no search"
@@ -155,7 +156,7 @@ def _result(context: SearchContext, stopped: str) -> SearchResult:
         llm_calls=spending.llm_calls,
         llm_tokens=spending.llm_tokens,
         fallbacks=origins["fallback"],
-        origins=dict(origins),
+        origins={str(x): n for x, n in sorted(origins.items())},
         seconds=spending.seconds,
         stopped=stopped,
     )

@@ -10,7 +10,8 @@ from langgraph.runtime import Runtime
 
 from agent import population
 from agent.candidate import Candidate
-from agent.operators import Slot, choose_parents, propose
+from agent.operators import choose_parents, propose
+from agent.questions import Slot
 from agent.state import SearchContext, SearchState
 from pruning.plan import Plan
 
@@ -20,14 +21,14 @@ NOT_FINITE = 1e30
 _PAIRS = 9_973  # keeps the draws of parents apart from those of the operators
 
 
-def generate(_: SearchState, runtime: Runtime[SearchContext]) -> Update:
+def generate(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
     """Propose the first generation."""
-    context = runtime.context
-    count = min(context.settings.population, context.spending.evaluations_left(0, 0))
-    slots = [Slot(i, "generate") for i in range(count)]
+    context, generation = runtime.context, state["generation"]
+    count = min(context.settings.population, context.spending.evaluations_left(generation, 0))
+    slots = [Slot(generation, i, "generate") for i in range(count)]
     return {
         "generation": 0,
-        "pending": [x.to_json(context) for x in propose(context, 0, slots, [])],
+        "pending": [x.to_json(context) for x in propose(context, generation, slots, [])],
     }
 
 
@@ -59,29 +60,33 @@ def select(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
 
 def crossover(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
     """Propose offspring of pairs of parents."""
-    context = runtime.context
+    context, generation = runtime.context, state["generation"]
     if len(state["parents"]) < 2:
         return {"pending": []}
     parents = _by_id(context, state["parents"])
     slots = []
     for index in range(context.settings.crossover):
-        rng = population.generator(context.seed, state["generation"], index, _PAIRS)
+        rng = population.generator(context.seed, generation, index, _PAIRS)
         pair = sorted(rng.choice(len(parents), 2, replace=False).tolist())
-        slots.append(Slot(index, "crossover", tuple(parents[i] for i in pair)))
-    return _extend(context, state["generation"], [], slots)
+        slots.append(Slot(generation, index, "crossover", tuple(parents[i] for i in pair)))
+    return _extend(context, generation, [], slots)
 
 
 def mutate(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
     """Propose offspring of single parents, every other one of the first parent."""
-    context, settings = runtime.context, runtime.context.settings
+    context, generation = runtime.context, state["generation"]
+    settings = context.settings
     parents = _by_id(context, state["parents"])
     numbers = range(settings.crossover, settings.crossover + settings.mutate)
     if settings.allocator == "random":
-        slots = [Slot(i, "generate") for i in range(numbers.stop)]
+        slots = [Slot(generation, i, "generate") for i in range(numbers.stop)]
     else:
         turns = [0 if i % 2 == 0 else (i // 2 + 1) % len(parents) for i in range(len(numbers))]
-        slots = [Slot(n, "mutate", (parents[t],)) for n, t in zip(numbers, turns, strict=True)]
-    return _extend(context, state["generation"], state["pending"], slots)
+        slots = [
+            Slot(generation, n, "mutate", (parents[t],))
+            for n, t in zip(numbers, turns, strict=True)
+        ]
+    return _extend(context, generation, state["pending"], slots)
 
 
 def score_pending(context: SearchContext, pending: list[dict[str, Any]]) -> list[dict[str, float]]:
@@ -170,10 +175,11 @@ def _tell(context: SearchContext, candidate: Candidate) -> None:
 
 
 def _summary(row: np.ndarray[Any, np.dtype[np.float64]], seconds: float) -> dict[str, float]:
-    mean, count = float(np.mean(row)), len(row)
-    spread = float(np.std(row, ddof=1)) / math.sqrt(count) if count > 1 else 0.0
+    mean, spread, count = float(np.mean(row)), 0.0, len(row)
     if not math.isfinite(mean):
-        mean, spread = NOT_FINITE, 0.0
+        mean = NOT_FINITE
+    elif count > 1:
+        spread = float(np.std(row, ddof=1)) / math.sqrt(count)
     return {"fitness": mean, "stderr": spread, "sequences": count, "seconds": seconds}
 
 

@@ -119,8 +119,9 @@ class Space:
             room,
         )
         ideal = np.clip(mlp_wish + shift, low, high)
-        mlp = np.searchsorted(self.kept[1], ideal + _EXACT, side="right") - 1
-        levels = [(int(a), int(max(m, 0))) for a, m in zip(attention, mlp, strict=True)]
+        mlp = np.maximum(np.searchsorted(self.kept[1], ideal, side="right") - 1, 0)
+        levels = [(int(a), int(m)) for a, m in zip(attention, mlp, strict=True)]
+        levels = self._shrink(levels, ideal)
         cap = self.bounds[1][1]
 
         def deficit(layer: int, level: int) -> float:
@@ -146,6 +147,15 @@ class Space:
                 return levels
             best = max(fitting, key=lambda i: (priority(i, levels[i][1]), -i))
             levels[best] = (levels[best][0], levels[best][1] + 1)
+
+    def _shrink(self, levels: Levels, ideal: Floats) -> Levels:
+        """Return `levels` without the MLP steps that rounding of the bisection left over."""
+        levels = list(levels)
+        while not self.budget.is_within(levels) and any(m > 0 for _, m in levels):
+            above = [i for i, (_, m) in enumerate(levels) if m > 0]
+            worst = max(above, key=lambda i: (self.kept[1][levels[i][1]] - ideal[i], -i))
+            levels[worst] = (levels[worst][0], levels[worst][1] - 1)
+        return levels
 
     def one_rate(self, levels: Sequence[tuple[int, int]]) -> Levels:
         """Return the plan with one rate a layer for both blocks: the MLP's."""

@@ -78,7 +78,7 @@ class SearchContext:
     strategy: Strategy | None
     ledger: Ledger
     clock: Callable[[], float]
-    on_event: Callable[[Event], None] = lambda event: None
+    on_event: Callable[[Event], None] = lambda _: None
 
     @cached_property
     def space(self) -> Space:

@@ -46,25 +46,27 @@ class TopReference:
 
     def __init__(self, hidden_ND: Tensor, head_VD: Tensor, k: int = 512) -> None:
         self._head = head_VD
-        k = min(k, head_VD.shape[0])
-        tops = [_log_softmax(x, head_VD).topk(k, dim=-1) for x in hidden_ND.split(CHUNK)]
-        self._log_p_NK = torch.cat([x.values for x in tops])
-        self._indices_NK = torch.cat([x.indices for x in tops])
+        k = min(k, head_VD.shape[0] - 1)
+        indices, buckets = [], []
+        for hidden in hidden_ND.split(CHUNK):
+            log_p = _log_softmax(hidden, head_VD)
+            indices.append(log_p.topk(k, dim=-1).indices)
+            buckets.append(_buckets(log_p, indices[-1]))
+        self._indices_NK = torch.cat(indices)
+        self._log_p_NK1 = torch.cat(buckets)
 
     def kl(self, hidden_ND: Tensor) -> Tensor:
         """Return the divergence over k + 1 outcomes in nats at each position (N,)."""
         rows = []
         chunks = zip(
             hidden_ND.split(CHUNK),
-            self._log_p_NK.split(CHUNK),
+            self._log_p_NK1.split(CHUNK),
             self._indices_NK.split(CHUNK),
             strict=True,
         )
         for hidden, log_p, indices in chunks:
-            log_q = _log_softmax(hidden, self._head).gather(-1, indices)
-            inside = (log_p.exp() * (log_p - log_q)).sum(-1)
-            tail_p, tail_q = (_tail(x) for x in (log_p, log_q))
-            rows.append(inside + tail_p * (tail_p.log() - tail_q.log()))
+            log_q = _buckets(_log_softmax(hidden, self._head), indices)
+            rows.append((log_p.exp() * (log_p - log_q)).sum(-1))
         return torch.cat(rows)
 
 
@@ -84,10 +86,11 @@ def _log_softmax(hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
     return _accurate(hidden_ND @ head_VD.T).log_softmax(-1)
 
 
-def _tail(log_p_NK: Tensor) -> Tensor:
-    """Return the probability that the listed tokens leave over, at least the smallest float."""
-    rest = 1 - log_p_NK.exp().sum(-1)
-    return rest.clamp_min(torch.finfo(rest.dtype).tiny)
+def _buckets(log_p_NV: Tensor, indices_NK: Tensor) -> Tensor:
+    """Return the log-probabilities of the listed tokens and of all others together (N, K + 1)."""
+    listed = log_p_NV.gather(-1, indices_NK)
+    others = log_p_NV.scatter(-1, indices_NK, float("-inf")).logsumexp(-1, keepdim=True)
+    return torch.cat([listed, others], dim=-1)
 
 
 def _accurate(x: Tensor) -> Tensor:

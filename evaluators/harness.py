@@ -44,7 +44,7 @@ class FixedBatchLM(HFLM):  # type: ignore[misc]  # the harness has no types
         self._keeps_some = "logits_to_keep" in signature(model.forward).parameters
         self._progress = progress
         self._first_scored: dict[tuple[int, ...], int] = {}
-        self._rows_done = 0
+        self._rows_done = self._rows = 0
 
     def loglikelihood(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         """Log-probability of each continuation and whether it is the greedy one."""
@@ -58,8 +58,9 @@ class FixedBatchLM(HFLM):  # type: ignore[misc]  # the harness has no types
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        self._rows_done = 0
-        self._first_scored = {}
+        self._rows_done, self._first_scored = 0, {}
+        # One forward row serves all continuations that differ in their last token only.
+        self._rows = len({tuple(context + last[:-1]) for _, context, last in requests})
         for _, context, continuation in requests:
             row = (context + continuation)[-(self.max_length + 1) :][:-1]
             first = len(row) - len(continuation)
@@ -77,7 +78,7 @@ class FixedBatchLM(HFLM):  # type: ignore[misc]  # the harness has no types
         logits: Tensor = self.model(inps, use_cache=False, **kept).logits
         self._rows_done += len(inps)
         if self._progress is not None:
-            self._progress(self._rows_done, len(self._first_scored))
+            self._progress(self._rows_done, self._rows)
         return logits
 
 

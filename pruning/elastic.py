@@ -221,7 +221,6 @@ class ElasticModel:
         ):
             layers.append(ElasticLayer(layer, family, architecture, measured, recipe))
             on_layer(index)
-        allow_biases(family, family.layers(model), recipe)
         return cls(model, family, layers)
 
     def orders(self, plan: Plan) -> list[Order]:
@@ -289,6 +288,19 @@ class ElasticModel:
             yield from self._descend(depth + 1, branch, output, rotary)
 
 
+def run_plan(
+    prunable: Prunable, plan: Plan, parameters: Sequence[LayerParameters], tokens_BT: Tensor
+) -> Tensor:
+    """Return the normed final hidden states (B, T, D) of the model on given layer parameters."""
+    model, family = prunable.model, prunable.family
+    hidden = family.embed(model, tokens_BT.to(family.head(model).device))
+    rotary = family.rotary(model, hidden)
+    for layer, kept, tensors in zip(family.layers(model), plan.layers, parameters, strict=True):
+        hidden = run_cut_layer(layer, kept, tensors, hidden, rotary)
+    final: Tensor = family.final_norm(model)(hidden)
+    return final
+
+
 def run_cut_layer(
     layer: nn.Module,
     plan: LayerPlan,
@@ -318,20 +330,6 @@ class _Call(nn.Module):
 
     def forward(self, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         return run_layer(self.layer, hidden_BTD, rotary)
-
-
-def allow_biases(family: Family, layers: nn.ModuleList, recipe: Recipe) -> None:
-    """Register zero biases on the output projections, so that corrections have a place."""
-    if not recipe.has_biases:
-        return
-    for layer in layers:
-        for role in (family.o, family.down):
-            linear = layer.get_submodule(role)
-            if linear.bias is None:
-                weight = linear.weight
-                assert isinstance(weight, Tensor)
-                zeros = torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
-                linear.bias = nn.Parameter(zeros, requires_grad=False)
 
 
 def _num_bytes(parameters: LayerParameters) -> int:

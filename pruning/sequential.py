@@ -16,8 +16,8 @@ from pruning.elastic import (
     ElasticLayer,
     LayerParameters,
     Recipe,
-    allow_biases,
     run_cut_layer,
+    run_plan,
 )
 from pruning.families import Family
 from pruning.plan import Plan
@@ -42,7 +42,6 @@ class SequentialModel:
         self._architecture, self._recipe = architecture, recipe
         self._tokens, self._batch_size = tokens_BT, batch_size
         self._last: tuple[Plan, list[LayerParameters], list[Order]] | None = None
-        allow_biases(family, family.layers(model), recipe)
 
     def parameters(self, plan: Plan) -> list[LayerParameters]:
         """Return the parameters of every layer under `plan`."""
@@ -58,14 +57,7 @@ class SequentialModel:
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield `(plan index, normed final hidden states (B, T, D))`, plan by plan."""
         for index, plan in enumerate(plans):
-            parameters = self.parameters(plan)
-            device = self.family.head(self.model).device
-            hidden = self.family.embed(self.model, tokens_BT.to(device))
-            rotary = self.family.rotary(self.model, hidden)
-            layers = self.family.layers(self.model)
-            for layer, kept, tensors in zip(layers, plan.layers, parameters, strict=True):
-                hidden = run_cut_layer(layer, kept, tensors, hidden, rotary)
-            yield index, self.family.final_norm(self.model)(hidden)
+            yield index, run_plan(self, plan, self.parameters(plan), tokens_BT)
 
     @torch.no_grad()
     def _prune(self, plan: Plan) -> tuple[Plan, list[LayerParameters], list[Order]]:

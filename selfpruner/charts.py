@@ -72,7 +72,7 @@ def _paint_fitness(rows: Sequence[HistoryRow], figure: Any, narrow: bool) -> Non
     axes = figure.subplots()
     values = [x.fitness for x in rows if x.fitness is not None]
     # One ruined candidate must not flatten all others: what lies above is drawn at the top edge.
-    top = max(10 * abs(median(values)), rows[0].best or 0.0)
+    top = max(10 * median(values), rows[0].best or 0.0) if min(values) > 0 else max(values)
     for origin, (name, marker) in ORIGINS.items():
         mine = [
             (x.evaluation, x.fitness) for x in rows if x.origin == origin and x.fitness is not None

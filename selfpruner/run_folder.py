@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import errno
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,21 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from selfpruner.config import RunConfig
+from selfpruner.environment import environment
 
 _MARK = "selfpruner_run"
-
-_REPORTED_PACKAGES = (
-    "selfpruner",
-    "torch",
-    "transformers",
-    "lm_eval",
-    "datasets",
-    "numpy",
-    "safetensors",
-    "langgraph",
-    "xgrammar",
-    "pydantic",
-)
 
 
 @dataclass(frozen=True)
@@ -59,7 +44,7 @@ class RunFolder:
         with _full_disk_named(path):
             path.mkdir(parents=True, exist_ok=True)
         folder = cls(path)
-        folder.write_json("environment.json", environment(config.seed))
+        folder.write_json("environment.json", {_MARK: 1, **environment(config.seed)})
         folder.write_text("config.yaml", config.to_yaml())
         return folder
 
@@ -192,27 +177,6 @@ def is_run_folder(path: Path) -> bool:
     return isinstance(mark, dict) and _MARK in mark and (path / "config.yaml").is_file()
 
 
-def environment(seed: int) -> dict[str, Any]:
-    """Return what the numbers of a run depend on beside its configuration.
-
-    Versions, Python, platform, CPU model, cores, memory in bytes, git revision or None, seed.
-    No host name, user or path.
-    """
-    import psutil
-
-    return {
-        _MARK: 1,
-        "seed": seed,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count() or 1,
-        "memory_bytes": int(psutil.virtual_memory().total),
-        "git_revision": _git_revision(),
-        "versions": dict(sorted(_versions())),
-    }
-
-
 def _make_room(path: Path, replace: bool) -> None:
     """Remove the run folder at `path`, if allowed to."""
     if not replace:
@@ -234,40 +198,3 @@ def _full_disk_named(path: Path) -> Iterator[None]:
             raise
         message = f"the disk is full; could not write {path}"
         raise OSError(error.errno, message) from None
-
-
-def _cpu_model() -> str:
-    """Return the CPU's name as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def _git_revision() -> str | None:
-    """Return the checkout's commit, `+` added when files differ from it; None outside git."""
-    root = Path(__file__).resolve().parents[1]
-    try:
-        revision = _git(root, "rev-parse", "HEAD")
-        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return revision + ("+" if changed else "")
-
-
-def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
-    )
-    return done.stdout.strip()
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    """Yield name and version of each reported package that is installed."""
-    for name in _REPORTED_PACKAGES:
-        try:
-            yield name, importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue

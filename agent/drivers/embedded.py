@@ -125,7 +125,7 @@ class EmbeddedDriver:
         return tokens[:stop]
 
 
-class _GrammarSampler(LogitsProcessor):
+class _GrammarSampler(LogitsProcessor):  # type: ignore[misc]
     """Leaves only the token that it has sampled for each row, within the row's grammar."""
 
     def __init__(
@@ -137,7 +137,7 @@ class _GrammarSampler(LogitsProcessor):
         self._stop, self._step = stop, 0
         self._ended = [False] * len(requests)
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(self, _: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return scores (N, V) that are 0 at the chosen token and -inf elsewhere."""
         logits_NV = scores.to("cpu", torch.float32)
         chosen = [self._choose(i, row) for i, row in enumerate(logits_NV)]

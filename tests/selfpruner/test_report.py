@@ -193,6 +193,19 @@ def test_loading_line_follows_the_export(
     assert ("trust_remote_code=True" in text) is wants_code
 
 
+@pytest.mark.parametrize(("shift", "scale", "is_cut"), [(0.0, 1e6, True), (-5.0, 1e6, False)])
+def test_fitness_plot_says_what_it_cuts(
+    tmp_path: Path, shift: float, scale: float, is_cut: bool
+) -> None:
+    data = _sample()
+    for row in data["history"]:
+        row["fitness"] = None if row["fitness"] is None else row["fitness"] + shift
+        row["best"] += shift
+    data["history"][4]["fitness"] = scale
+    page = _page(tmp_path / "run", data)
+    assert (re.search(r"; 1 above [0-9.]+ at the top edge", page) is not None) is is_cut
+
+
 def test_comparison_shows_each_run(tmp_path: Path) -> None:
     first, second = _sample(), _sample()
     second["search"].update(allocator="uniform", driver=None)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from selfpruner.config import RunConfig, load_config
-from selfpruner.run_folder import RunFolder, environment, is_run_folder
+from selfpruner.environment import environment
+from selfpruner.run_folder import RunFolder, is_run_folder
 
 CONFIG = RunConfig(model="m", seed=5)
 

@@ -1,0 +1,81 @@
+"""What the numbers of a run depend on beside its configuration: versions and hardware."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_REPORTED_PACKAGES = (
+    "selfpruner",
+    "torch",
+    "transformers",
+    "lm_eval",
+    "datasets",
+    "numpy",
+    "safetensors",
+    "langgraph",
+    "xgrammar",
+    "pydantic",
+)
+
+
+def environment(seed: int) -> dict[str, Any]:
+    """Return what the numbers of a run depend on beside its configuration.
+
+    Versions, Python, platform, CPU model, cores, memory in bytes, git revision or None, seed.
+    No host name, user or path.
+    """
+    import psutil
+
+    return {
+        "seed": seed,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count() or 1,
+        "memory_bytes": int(psutil.virtual_memory().total),
+        "git_revision": _git_revision(),
+        "versions": dict(sorted(_versions())),
+    }
+
+
+def _cpu_model() -> str:
+    """Return the CPU's name as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _git_revision() -> str | None:
+    """Return the checkout's commit, `+` added when files differ from it; None outside git."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        revision = _git(root, "rev-parse", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return revision + ("+" if changed else "")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
+    )
+    return done.stdout.strip()
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    """Yield name and version of each reported package that is installed."""
+    for name in _REPORTED_PACKAGES:
+        try:
+            yield name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue

@@ -1,0 +1,52 @@
+"""Finishing: from a plan to the smaller model, refitted where that helps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pruning.elastic import Prunable
+from pruning.plan import Plan
+from pruning.refit import refit
+from pruning.slicing import sliced
+from selfpruner.fitness import Finished, Fitness
+from selfpruner.progress import Progress
+from selfpruner.results import Refit
+from selfpruner.workbench import Workbench
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def finish(
+    bench: Workbench,
+    prunable: Prunable,
+    plan: Plan,
+    selection: Fitness,
+    progress: Progress,
+    label: str = "refit",
+) -> tuple[PreTrainedModel, Refit | None]:
+    """Return the sliced model of `plan` and what the refit did, None where it is off.
+
+    The refit is kept only if it lowers the fitness on selection tokens.
+    """
+    model = sliced(prunable, plan)
+    if not bench.config.pruning.refit:
+        return model, None
+    before = mean_fitness(selection.of(Finished(model)), plan)
+    with progress.stage(label, bench.architecture.layers) as advance:
+        refit(
+            model,
+            bench.model,
+            bench.family,
+            bench.texts.calibrate,
+            batch_size=bench.config.evaluation.batch_size,
+            on_layer=lambda _: advance(),
+        )
+    after = mean_fitness(selection.of(Finished(model)), plan)
+    kept = after < before
+    return model if kept else sliced(prunable, plan), Refit(kept=kept, before=before, after=after)
+
+
+def mean_fitness(fitness: Fitness, plan: Plan) -> float:
+    """Return the mean fitness of one plan over all sequences."""
+    return float(fitness([plan], range(fitness.num_sequences)).mean())

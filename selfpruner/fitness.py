@@ -1,0 +1,170 @@
+"""Fitness: plans and search sequences in, one number a plan and sequence out, lower is better.
+
+Shapes: P plans, S sequences, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from evaluators.choices import EncodedChoices, choice_margins
+from evaluators.divergence import DenseReference, TopReference, negative_log_likelihood
+from pruning.families import Family
+from pruning.plan import Plan
+from selfpruner.speed_model import SpeedModel
+
+TEXT_TERMS = ("kl", "kl_top512", "perplexity")
+
+
+class Runs(Protocol):
+    """Anything that runs plans: the elastic model, or one finished model for any plan."""
+
+    def hidden_states(
+        self, plans: Sequence[Plan], tokens_BT: Tensor
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield `(plan index, normed final hidden states (B, T, D))` in any order."""
+
+
+class Finished:
+    """One model with its own weights, whatever the plan says."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    @torch.no_grad()
+    def hidden_states(
+        self, plans: Sequence[Plan], tokens_BT: Tensor
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield the same hidden states for every plan."""
+        hidden = _trunk(self._model, tokens_BT)
+        yield from ((index, hidden) for index in range(len(plans)))
+
+
+class Fitness:
+    """A weighted sum of terms on fixed sequences: the `Score` of the search.
+
+    `kl` and `kl_top512` are divergences from the dense model in nats a token. `perplexity` is
+    scored as its logarithm, the mean cross-entropy. `accuracy` is the negative margin of
+    commonsense items, in nats a character, and `latency` the predicted share of the dense time;
+    both are the same for every sequence of a plan.
+    """
+
+    def __init__(
+        self,
+        runs: Runs,
+        dense: nn.Module,
+        family: Family,
+        weights: Mapping[str, float],
+        tokens_ST: Tensor,
+        *,
+        choices: EncodedChoices | None = None,
+        speed: SpeedModel | None = None,
+        batch_size: int = 8,
+    ) -> None:
+        self._runs, self._dense, self._family = runs, dense, family
+        self._weights = {name: weight for name, weight in weights.items() if weight}
+        self._tokens, self._batch_size = tokens_ST, batch_size
+        self._choices, self._speed = choices, speed
+        self._references: dict[tuple[str, int], DenseReference | TopReference] = {}
+
+    @property
+    def num_sequences(self) -> int:
+        """Search sequences there are."""
+        return len(self._tokens)
+
+    def of(self, runs: Runs) -> Fitness:
+        """Return the same fitness for something else that runs, sharing the dense references."""
+        other = Fitness(
+            runs,
+            self._dense,
+            self._family,
+            self._weights,
+            self._tokens,
+            choices=self._choices,
+            speed=self._speed,
+            batch_size=self._batch_size,
+        )
+        other._references = self._references
+        return other
+
+    @torch.no_grad()
+    def __call__(self, plans: Sequence[Plan], sequences: Sequence[int]) -> NDArray[np.float64]:
+        """Return the fitness (P, S) of every plan on every sequence asked for."""
+        scores = np.zeros((len(plans), len(sequences)))
+        if any(name in self._weights for name in TEXT_TERMS):
+            for start in range(0, len(sequences), self._batch_size):
+                chosen = sequences[start : start + self._batch_size]
+                columns = slice(start, start + len(chosen))
+                for row, hidden in self._runs.hidden_states(plans, self._tokens[list(chosen)]):
+                    scores[row, columns] = self._text_terms(chosen, hidden)
+        for row, plan in enumerate(plans):
+            scores[row] += self._plan_terms(plan)
+        return scores
+
+    def accuracy(self, plan: Plan) -> float:
+        """Return the share of commonsense items that `plan` answers rightly.
+
+        Raises:
+            ValueError: no items were given.
+        """
+        return float(self._margins(plan)[1].mean())
+
+    def _text_terms(self, sequences: Sequence[int], hidden_BTD: Tensor) -> NDArray[np.float64]:
+        """Return the weighted text terms of one plan on a micro-batch of sequences (B,)."""
+        total = np.zeros(len(sequences))
+        head = self._family.head(self._dense)
+        for name in TEXT_TERMS:
+            weight = self._weights.get(name)
+            if not weight:
+                continue
+            for row, sequence in enumerate(sequences):
+                hidden = hidden_BTD[row, :-1]
+                if name == "perplexity":
+                    targets = self._tokens[sequence, 1:].to(hidden.device)
+                    losses = negative_log_likelihood(hidden, head, targets)
+                else:
+                    losses = self._reference(name, sequence).kl(hidden)
+                total[row] += weight * float(losses.double().mean())
+        return total
+
+    def _reference(self, name: str, sequence: int) -> DenseReference | TopReference:
+        key = (name, sequence)
+        if key not in self._references:
+            hidden = _trunk(self._dense, self._tokens[sequence : sequence + 1])[0, :-1]
+            made = DenseReference if name == "kl" else TopReference
+            self._references[key] = made(hidden, self._family.head(self._dense))
+        return self._references[key]
+
+    def _plan_terms(self, plan: Plan) -> float:
+        total = 0.0
+        if weight := self._weights.get("accuracy"):
+            total -= weight * float(self._margins(plan)[0].mean())
+        if weight := self._weights.get("latency"):
+            assert self._speed is not None
+            total += weight / self._speed.speedup(plan)
+        return total
+
+    def _margins(self, plan: Plan) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        if self._choices is None:
+            raise ValueError("data.choices: got 0, want at least 1 for accuracy in the search")
+        head = self._family.head(self._dense)
+
+        def forward(tokens_BT: Tensor) -> Tensor:
+            (_, hidden), *_ = self._runs.hidden_states([plan], tokens_BT)
+            return hidden @ head.T
+
+        return choice_margins(forward, self._choices)
+
+
+def _trunk(model: nn.Module, tokens_BT: Tensor) -> Tensor:
+    """Return the normed final hidden states (B, T, D) of a stock or exported model."""
+    trunk = model.get_submodule("model")
+    device = next(trunk.parameters()).device
+    hidden: Tensor = trunk(tokens_BT.to(device), use_cache=False).last_hidden_state
+    return hidden

@@ -1,0 +1,155 @@
+"""Judging models: dense and pruned on the same data at the same fixed batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from evaluators.latency import compare_latency
+from evaluators.memory import parameter_count, weight_bytes
+from evaluators.perplexity import perplexity
+from evaluators.significance import compare
+from evaluators.tasks import TaskScore, evaluate_tasks, mean_accuracy
+from selfpruner.config import EvaluationSettings
+from selfpruner.progress import Progress
+from selfpruner.results import Difference, QualityNumbers, Sample, SpeedRow, TaskNumbers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROMPTS = (
+    "The capital of France is",
+    "Water boils at a temperature of",
+    "Once upon a time, a little robot",
+    "To make a good cup of tea, you should first",
+)
+WARMUP = 2
+
+
+def perplexities(
+    model: nn.Module, texts: Mapping[str, Tensor], batch_size: int
+) -> dict[str, float]:
+    """Return the perplexity of each reported text (windows (n, length))."""
+    return {
+        name: float(perplexity(model, windows, batch_size, name).value)
+        for name, windows in texts.items()
+    }
+
+
+def tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EvaluationSettings,
+    seed: int,
+    progress: Progress,
+    label: str,
+) -> dict[str, TaskScore]:
+    """Return the commonsense scores of one model; nothing where no task is asked for."""
+    if not settings.tasks:
+        return {}
+    with progress.stage(f"tasks, {label}") as advance:
+        done = 0
+
+        def tell(rows: int, total: int) -> None:
+            nonlocal done
+            del total
+            advance(rows - done)
+            done = rows
+
+        return evaluate_tasks(
+            model,
+            tokenizer,
+            settings.tasks,
+            samples=settings.samples,
+            batch_size=settings.batch_size,
+            seed=seed,
+            progress=tell,
+        )
+
+
+def quality(scores: Mapping[str, TaskScore], texts: Mapping[str, float]) -> QualityNumbers:
+    """Return the quality record of one model."""
+    return QualityNumbers(
+        perplexity=dict(texts),
+        tasks={name: _task_numbers(score) for name, score in scores.items()},
+        mean=mean_accuracy(scores) if scores else None,
+    )
+
+
+def difference(
+    dense: Mapping[str, TaskScore], pruned: Mapping[str, TaskScore], seed: int
+) -> Difference | None:
+    """Return the paired difference of the task means, in points; None without tasks."""
+    if not dense:
+        return None
+    correct = [{name: score.correct for name, score in x.items()} for x in (dense, pruned)]
+    found = compare(*correct, seed=seed)
+    return Difference(points=found.points, ci95=found.ci95)
+
+
+def speed_rows(
+    dense: nn.Module, pruned: nn.Module, settings: EvaluationSettings, seed: int
+) -> tuple[SpeedRow, ...]:
+    """Return prefill and decode times of both models, interleaved."""
+    asked = settings.speed
+    rows = compare_latency(
+        {"dense": dense, "pruned": pruned},
+        batch=asked.batch,
+        prompt_tokens=asked.prompt_tokens,
+        new_tokens=asked.new_tokens,
+        repeats=asked.repeats,
+        warmup=WARMUP,
+        seed=seed,
+    )
+    return tuple(SpeedRow(**row) for row in rows)
+
+
+@torch.no_grad()
+def samples(
+    dense: PreTrainedModel,
+    pruned: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] = PROMPTS,
+    new_tokens: int = 32,
+) -> tuple[Sample, ...]:
+    """Return greedy continuations of fixed prompts by both models."""
+    return tuple(
+        Sample(
+            prompt=prompt,
+            dense=continuation(dense, tokenizer, prompt, new_tokens),
+            pruned=continuation(pruned, tokenizer, prompt, new_tokens),
+        )
+        for prompt in prompts
+    )
+
+
+def continuation(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int
+) -> str:
+    """Return the greedy continuation of `prompt` by at most `new_tokens` tokens."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    output: Any = model.generate(
+        **inputs,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text
+
+
+def _task_numbers(score: TaskScore) -> TaskNumbers:
+    in_mean = sum(score.correct) / score.n
+    normalised = score.acc_norm is not None and in_mean == score.acc_norm != score.acc
+    error = score.acc_norm_stderr if normalised else score.stderr
+    return TaskNumbers(
+        acc=score.acc, acc_norm=score.acc_norm, stderr=error or 0.0, n=score.n, split=score.split
+    )
+
+
+def sizes(model: nn.Module) -> dict[str, int]:
+    """Return parameters (tied weights once) and weight bytes."""
+    return {"parameters": parameter_count(model), "bytes": weight_bytes(model)}

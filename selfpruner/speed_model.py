@@ -1,0 +1,66 @@
+"""Predicted speed: the time of a forward pass as a linear function of what a plan keeps."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pruning.elastic import Prunable, run_plan
+from pruning.plan import Grid, Plan
+
+
+@dataclass(frozen=True)
+class SpeedModel:
+    """`milliseconds = base + per_head * query heads + per_channel * MLP channels`, none negative.
+
+    Fitted to whole forward passes of this machine (one sequence of `tokens`, head left out); it
+    ranks plans, the report times the finished model.
+    """
+
+    base: float
+    per_head: float
+    per_channel: float
+    dense: Plan
+    tokens: int
+
+    def milliseconds(self, plan: Plan) -> float:
+        """Return the predicted time of one forward pass."""
+        heads, channels = _sizes(plan)
+        return self.base + self.per_head * heads + self.per_channel * channels
+
+    def speedup(self, plan: Plan) -> float:
+        """Return the predicted time of the dense model over that of `plan`."""
+        return self.milliseconds(self.dense) / self.milliseconds(plan)
+
+
+@torch.no_grad()
+def fit_speed(
+    prunable: Prunable, grid: Grid, layers: int, *, tokens: int = 256, rounds: int = 5
+) -> SpeedModel:
+    """Return the model fitted to four plans, timed in turn for `rounds` rounds (medians).
+
+    The plans are the corners of the grid: dense and smallest attention, dense and smallest MLP.
+    """
+    top = (len(grid.attention) - 1, len(grid.mlp) - 1)
+    corners = [top, (0, top[1]), (top[0], 0), (0, 0)]
+    plans = [grid.plan([corner] * layers) for corner in dict.fromkeys(corners)]
+    parameters = [prunable.parameters(plan) for plan in plans]
+    ids = torch.arange(tokens).unsqueeze(0)
+    seconds = np.zeros((rounds + 1, len(plans)))
+    for round_ in range(rounds + 1):
+        for column, plan in enumerate(plans):
+            started = time.perf_counter()
+            run_plan(prunable, plan, parameters[column], ids).sum().item()
+            seconds[round_, column] = time.perf_counter() - started
+    medians = 1000 * np.median(seconds[1:], axis=0)
+    rows = np.array([(1.0, *_sizes(plan)) for plan in plans])
+    base, per_head, per_channel = np.linalg.lstsq(rows, medians, rcond=None)[0].clip(min=0)
+    return SpeedModel(float(base), float(per_head), float(per_channel), plans[0], tokens)
+
+
+def _sizes(plan: Plan) -> tuple[int, int]:
+    heads = sum(layer.kv_groups * layer.q_per_group for layer in plan.layers)
+    return heads, sum(layer.mlp_channels for layer in plan.layers)

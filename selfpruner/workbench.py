@@ -1,0 +1,147 @@
+"""The workbench: model, text, grid and budget of one run, loaded in the order of what may fail."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from agent.projection import Space
+from pruning.architecture import Architecture
+from pruning.elastic import ElasticModel, Prunable, Recipe
+from pruning.families import Family, family_of
+from pruning.loading import architecture_of, load
+from pruning.plan import Budget, Grid, Plan
+from pruning.sequential import SequentialModel
+from selfpruner.config import RunConfig
+from selfpruner.data import TextData, load_texts
+from selfpruner.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """What every later stage of a run works on."""
+
+    config: RunConfig
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    family: Family
+    architecture: Architecture
+    grid: Grid
+    budget: Budget
+    texts: TextData
+
+    @property
+    def recipe(self) -> Recipe:
+        """How units are ranked and corrected."""
+        settings = self.config.pruning
+        return Recipe(
+            settings.metric,
+            settings.reconstruction,
+            settings.ridge,
+            settings.attention_unit,
+            self.config.seed,
+        )
+
+    @property
+    def space(self) -> Space:
+        """The plans that the search may visit."""
+        search = self.config.search
+        return Space(self.grid, self.budget, search.min_rate, search.max_rate)
+
+    def achieved(self, plan: Plan) -> float:
+        """Return what `plan` costs in the unit of the budget's target: a share, or a total."""
+        cost = self.budget.cost(self.grid.levels(plan))
+        if self.budget.target > 1:
+            return cost + self.architecture.fixed_parameters(self.recipe.has_biases)
+        return cost / self.budget.dense
+
+
+def prepare(config: RunConfig, progress: Progress) -> Workbench:
+    """Return the loaded workbench.
+
+    The configuration, the family and the budget are checked before any weight is loaded.
+
+    Raises:
+        ValueError: what is asked for cannot be had; one line.
+    """
+    with progress.stage("load"):
+        architecture = architecture_of(config.model, trust_remote_code=config.trust_remote_code)
+        grid = Grid.of(
+            architecture,
+            config.pruning.step,
+            config.pruning.attention_unit,
+            config.pruning.prune_attention,
+        )
+        dtype = resolved_dtype(config)
+        budget = Budget.of(
+            architecture,
+            grid,
+            config.budget.kind,
+            config.budget.target,
+            correction_biases=config.pruning.reconstruction != "none",
+            tokens=config.data.length,
+            bytes_per_weight=dtype.itemsize,
+        )
+        model, tokenizer = load(
+            config.model,
+            dtype,
+            resolved_device(config),
+            trust_remote_code=config.trust_remote_code,
+        )
+        family, architecture = family_of(model)
+        texts = load_texts(config, tokenizer)
+    return Workbench(config, model, tokenizer, family, architecture, grid, budget, texts)
+
+
+def rank(bench: Workbench, progress: Progress) -> tuple[Prunable, list[tuple[list[float], ...]]]:
+    """Return the model that runs as any plan, and the cut errors `[layer][block][level]`."""
+    elastic = _ranked(bench, progress)
+    errors = [tuple(layer.cut_errors(bench.grid)) for layer in elastic.layers]
+    if bench.config.pruning.statistics == "frozen":
+        return elastic, errors
+    sequential = SequentialModel(
+        bench.model,
+        bench.family,
+        bench.architecture,
+        bench.texts.calibrate,
+        bench.recipe,
+        batch_size=bench.config.evaluation.batch_size,
+    )
+    return sequential, errors
+
+
+def _ranked(bench: Workbench, progress: Progress) -> ElasticModel:
+    tokens: Tensor = bench.texts.calibrate
+    with progress.stage("calibrate", bench.architecture.layers) as advance:
+        return ElasticModel.rank(
+            bench.model,
+            bench.family,
+            bench.architecture,
+            tokens,
+            bench.recipe,
+            batch_size=bench.config.evaluation.batch_size,
+            on_layer=lambda _: advance(),
+        )
+
+
+def resolved_device(config: RunConfig) -> str:
+    """Return the device; `auto` takes a GPU where there is one."""
+    if config.device != "auto":
+        return config.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def resolved_dtype(config: RunConfig) -> torch.dtype:
+    """Return the dtype of forward passes; `auto` takes bfloat16 where it is fast."""
+    if config.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        return dtype
+    if resolved_device(config) == "cuda":
+        return torch.bfloat16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32

@@ -1,0 +1,111 @@
+"""A small analytic search scene: no weights, the fitness is a weighted sum of squares."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from agent.drivers.driver import Completion, Request
+from agent.ledger import Ledger
+from agent.settings import DriverSettings, SearchSettings
+from agent.state import SearchContext
+from prompts.library import load_strategy
+from pruning.architecture import Architecture
+from pruning.plan import Budget, Grid, Plan
+
+LAYERS = 6
+
+
+@dataclass
+class ScriptedDriver:
+    """Answers with the scripted replies in turn, again from the start; keeps what it was asked."""
+
+    replies: Sequence[str]
+    requests: list[Request] = field(default_factory=list)
+    batches: list[int] = field(default_factory=list)
+
+    def complete(self, requests: Sequence[Request]) -> list[Completion]:
+        self.batches.append(len(requests))
+        result = []
+        for request in requests:
+            text = self.replies[len(self.requests) % len(self.replies)]
+            self.requests.append(request)
+            prompt = sum(len(m["content"]) for m in request.messages) // 4
+            result.append(
+                Completion(text, prompt, min(len(text) // 3, request.max_tokens), 0.5, "fake")
+            )
+        return result
+
+
+@dataclass
+class Quadratic:
+    """Fitness sum w (1 - kept share)^2 plus an offset per sequence; counts the plans it scores."""
+
+    grid: Grid
+    weights: NDArray[np.float64]
+    plans: list[Plan] = field(default_factory=list)
+
+    def __call__(self, plans: Sequence[Plan], sequences: Sequence[int]) -> NDArray[np.float64]:
+        self.plans += plans
+        return np.array([[self.of(p) + 0.01 * s for s in sequences] for p in plans])
+
+    def of(self, plan: Plan) -> float:
+        dense = self.grid.dense
+        kept = np.array(
+            [
+                [x.kv_groups / dense.kv_groups, x.mlp_channels / dense.mlp_channels]
+                for x in plan.layers
+            ]
+        )
+        return float((self.weights * (1 - kept) ** 2).sum())
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Callable[..., SearchContext]:
+    """Return a maker of contexts: `scene(allocator=..., replies=[...], ...)`."""
+    count = itertools.count()
+
+    def make(
+        *,
+        replies: Iterable[str] | None = None,
+        seed: int = 0,
+        folder: Path | None = None,
+        sensitive: bool = True,
+        max_tokens: int = 64,
+        **settings: Any,
+    ) -> SearchContext:
+        architecture = Architecture("llama", LAYERS, 64, 8, 4, 8, 256, 100, True)
+        grid = Grid.of(architecture, 16)
+        weights = np.exp(np.random.default_rng(seed + 50).normal(size=(LAYERS, 2)))
+        shares = np.array(grid.attention) / 4, np.array(grid.mlp) / 256
+        known = weights if sensitive else np.ones_like(weights)
+        chosen = SearchSettings(
+            **{"allocator": "evolution", "evaluations": 40, "population": 8, **settings}
+        )
+        return SearchContext(
+            settings=chosen,
+            driver_settings=DriverSettings(max_tokens=max_tokens),
+            seed=seed,
+            grid=grid,
+            budget=Budget.of(architecture, grid, "parameters", 0.7),
+            score=Quadratic(grid, weights),
+            sequences=range(4),
+            sensitivity=[
+                [(w * (1 - s) ** 2).tolist() for w, s in zip(row, shares, strict=True)]
+                for row in known
+            ],
+            assess=lambda _: {"accuracy": 0.5, "speedup": 1.25},
+            driver=None if replies is None else ScriptedDriver(list(replies)),
+            strategy=load_strategy(chosen.strategy),
+            ledger=Ledger(folder or tmp_path / f"run{next(count)}"),
+            clock=itertools.count().__next__,
+        )
+
+    return make

@@ -1,0 +1,345 @@
+"""Whole searches on an analytic score: budgets, determinism, resume, hostile drivers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agent.candidate import Candidate
+from agent.graph import SearchResult, build_graph, run_search
+from agent.ledger import Ledger
+from agent.nodes import NOT_FINITE
+from agent.state import SearchContext
+
+Scene = Callable[..., SearchContext]
+
+MOVES = [
+    '{"moves":[{"block":"mlp","take_from":0,"give_to":1,"units":3}]}',
+    '{"moves":[{"block":"mlp","take_from":2,"give_to":4,"units":2}]}',
+    '{"moves":[{"block":"mlp","take_from":5,"give_to":3,"units":1}]}',
+    '{"from_second":[0,2]}',
+    '{"from_second":[1,3,5]}',
+    '{"parents":[0,1,2]}',
+]
+HOSTILE = [
+    "",
+    "Certainly! I would prune the middle layers.",
+    '{"moves":[{"block":"mlp","take_from":0,"give_to":1,"units":3}',
+    '{"moves":[{"block":"mlp","take_from":0,"give_to":99,"units":3}]}',
+    '{"moves":[{"block":"mlp","take_from":-1,"give_to":1,"units":' + "9" * 5000 + "}]}",
+    '{"attention":[1,2],"mlp":[NaN]}',
+    "[" * 19_000,
+    '{"parents":[10000]}',
+    '{"from_second":[]}',
+]
+
+
+def run(context: SearchContext, folder: Path) -> SearchResult:
+    return run_search(context, folder / "checkpoints.sqlite")
+
+
+def without_seconds(ledger: Ledger) -> list[dict[str, Any]]:
+    return [{**x.to_json(), "seconds": 0} for x in ledger.candidates()]
+
+
+@pytest.mark.parametrize("allocator", ["evolution", "random"])
+@pytest.mark.parametrize("granularity", ["block", "layer"])
+def test_classical_search_keeps_every_promise(
+    scene: Scene, tmp_path: Path, allocator: str, granularity: str
+) -> None:
+    context = scene(allocator=allocator, granularity=granularity, evaluations=37)
+    result = run(context, tmp_path)
+    candidates = context.ledger.candidates()
+    assert result.evaluations == len(candidates) <= 37
+    assert len({x.key for x in candidates}) == len(candidates)
+    assert [x.id for x in candidates] == list(range(len(candidates)))
+    for candidate in candidates:
+        levels = context.grid.levels(candidate.plan)
+        assert context.budget.is_within(levels)
+        assert context.budget.is_tight(levels)
+        assert all(p < candidate.id for p in candidate.parents)
+    assert result.best.fitness == min(x.fitness for x in candidates)
+    assert candidates[0].origin == "heuristic"
+    assert result.llm_calls == result.llm_tokens == result.fallbacks == 0
+    assert [x.fitness for x in result.finalists] == sorted(x.fitness for x in candidates)[:3]
+
+
+def test_the_limit_on_evaluations_is_met_exactly(scene: Scene, tmp_path: Path) -> None:
+    for evaluations in (1, 5, 8, 9, 21):
+        folder = tmp_path / str(evaluations)
+        folder.mkdir()
+        context = scene(evaluations=evaluations)
+        result = run(context, folder)
+        assert result.evaluations == evaluations == len(context.score.plans)  # type: ignore[attr-defined]
+        assert result.stopped == "evaluations"
+
+
+@pytest.mark.parametrize("allocator", ["uniform", "uniform_mlp", "heuristic"])
+def test_allocators_without_search_score_one_plan(
+    scene: Scene, tmp_path: Path, allocator: str
+) -> None:
+    result = run(scene(allocator=allocator), tmp_path)
+    assert (result.evaluations, result.stopped) == (1, "no search")
+    assert (result.best.operator, result.best.origin) == (allocator, "heuristic")
+    assert result.best.accuracy == 0.5
+    assert not (tmp_path / "checkpoints.sqlite").exists()
+
+
+def test_evolution_beats_random_at_equal_evaluations(scene: Scene, tmp_path: Path) -> None:
+    best: dict[str, list[float]] = {"evolution": [], "random": []}
+    for allocator, seed in [(a, s) for a in best for s in range(5)]:
+        folder = tmp_path / f"{allocator}{seed}"
+        folder.mkdir()
+        context = scene(allocator=allocator, seed=seed, evaluations=80, seed_plan=False)
+        best[allocator].append(run(context, folder).best.fitness)
+    assert np.mean(best["evolution"]) < 0.95 * np.mean(best["random"])
+    wins = sum(e < r for e, r in zip(best["evolution"], best["random"], strict=True))
+    assert wins >= 4
+
+
+def test_the_best_of_each_generation_is_assessed(scene: Scene, tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    context = scene(evaluations=32)
+    object.__setattr__(context, "on_event", events.append)
+    result = run(context, tmp_path)
+    groups: dict[int, list[Candidate]] = {}
+    for candidate in context.ledger.candidates():
+        groups.setdefault(candidate.generation, []).append(candidate)
+    assert len(groups) == 3
+    for generation, members in groups.items():
+        best = min(members, key=lambda x: x.fitness)
+        assert [x.id for x in members if x.accuracy is not None] == [best.id]
+        line = {"generation": generation, "best_fitness": best.fitness}
+        assert result.generations[generation] == {**line, "accuracy": 0.5, "speedup": 1.25}
+    assert Counter(x["kind"] for x in events) == {"candidate": 32, "generation": 3}
+    bests = [x["best"] for x in events if x["kind"] == "candidate"]
+    assert bests == sorted(bests, reverse=True)
+
+
+@pytest.mark.parametrize("settings", [{"allocator": "evolution"}, {"allocator": "llm"}])
+def test_equal_seeds_give_equal_ledgers(
+    scene: Scene, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    ledgers = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        (tmp_path / name).mkdir()
+        context = scene(seed=seed, replies=MOVES, folder=tmp_path / name, **settings)
+        run(context, tmp_path / name)
+        ledgers.append(without_seconds(context.ledger))
+    assert ledgers[0] == ledgers[1]
+    assert ledgers[0] != ledgers[2]
+
+
+@pytest.mark.parametrize("strategy", ["moves", "paper"])
+@pytest.mark.parametrize("granularity", ["block", "layer"])
+def test_a_hostile_driver_costs_fallbacks_and_nothing_else(
+    scene: Scene, tmp_path: Path, strategy: str, granularity: str
+) -> None:
+    context = scene(
+        allocator="llm", replies=HOSTILE, strategy=strategy, granularity=granularity, seed=3
+    )
+    result = run(context, tmp_path)
+    assert result.evaluations == 40
+    assert result.origins == {"fallback": 39, "heuristic": 1}
+    assert result.fallbacks == 39
+    lines = context.ledger.lines()
+    assert {x.attempt for x in lines} == {0, 1}
+    assert all(x.outcome.startswith("invalid: ") for x in lines)
+    assert result.llm_calls == len(lines)
+    assert result.llm_tokens == sum(x.tokens for x in lines)
+
+
+def test_good_replies_become_candidates(scene: Scene, tmp_path: Path) -> None:
+    context = scene(allocator="llm", replies=MOVES)
+    result = run(context, tmp_path)
+    assert result.origins["llm"] + result.origins.get("llm_repaired", 0) >= 3
+    made = [x for x in context.ledger.candidates() if x.origin == "llm"]
+    assert all(x.tokens > 0 for x in made)
+    accepted = [x for x in context.ledger.lines() if x.outcome == "accepted"]
+    assert {x.operator for x in accepted} >= {"generate", "mutate"}
+
+
+def test_vectors_of_the_paper_are_projected(scene: Scene, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    replies = [
+        json.dumps(
+            {"attention": rng.integers(0, 90, 6).tolist(), "mlp": rng.integers(0, 90, 6).tolist()}
+        )
+        for _ in range(50)
+    ]
+    context = scene(allocator="llm", replies=replies, strategy="paper", evaluations=8)
+    assert run(context, tmp_path).origins == {"heuristic": 1, "llm": 7}
+
+
+def test_repair_sees_the_error_and_is_labelled(scene: Scene, tmp_path: Path) -> None:
+    context = scene(
+        allocator="llm",
+        evaluations=2,
+        replies=['{"moves":[{"block":"mlp","take_from":2,"give_to":2,"units":1}]}', MOVES[0]],
+    )
+    result = run(context, tmp_path)
+    assert result.origins == {"heuristic": 1, "llm_repaired": 1}
+    first, second = context.driver.requests  # type: ignore[union-attr]
+    assert [m["role"] for m in second.messages] == ["system", "user", "assistant", "user"]
+    assert second.messages[:2] == first.messages
+    assert "take_from and give_to are both 2" in second.messages[3]["content"]
+    assert first.seed != second.seed
+
+
+def test_duplicates_are_replaced_and_logged(scene: Scene, tmp_path: Path) -> None:
+    context = scene(allocator="llm", evaluations=8, replies=[MOVES[0]])
+    result = run(context, tmp_path)
+    assert result.origins == {"heuristic": 1, "llm": 1, "fallback": 6}
+    outcomes = [x.outcome.split(":")[0] for x in context.ledger.lines()]
+    assert Counter(outcomes) == {"accepted": 1, "duplicate": 6}
+    assert context.driver.batches == [7]  # type: ignore[union-attr]
+
+
+def test_the_classical_share_is_not_asked(scene: Scene, tmp_path: Path) -> None:
+    context = scene(allocator="llm", evaluations=8, replies=HOSTILE, classical_share=0.5)
+    assert run(context, tmp_path).origins == {"heuristic": 1, "fallback": 3, "classical": 4}
+    whole = scene(allocator="llm", replies=HOSTILE, classical_share=1.0)
+    (tmp_path / "whole").mkdir()
+    assert run(whole, tmp_path / "whole").llm_calls == 0
+
+
+@pytest.mark.parametrize("tokens", [0, 1500, 4000])
+def test_the_limit_on_tokens_is_never_passed(scene: Scene, tmp_path: Path, tokens: int) -> None:
+    context = scene(allocator="llm", replies=MOVES, tokens=tokens)
+    result = run(context, tmp_path)
+    assert result.llm_tokens <= tokens
+    assert result.evaluations == 40
+    assert (result.llm_calls == 0) == (tokens == 0)
+    skipped = [x for x in context.ledger.lines() if x.outcome.startswith("skipped")]
+    assert skipped
+    assert all(x.reply is None for x in skipped)
+
+
+def test_the_limit_on_seconds_ends_the_search(scene: Scene, tmp_path: Path) -> None:
+    result = run(scene(seconds=1.5, evaluations=1000), tmp_path)
+    assert result.stopped == "seconds"
+    assert result.evaluations == 8
+
+
+def test_llm_needs_a_driver(scene: Scene, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"search\.allocator: llm needs a driver"):
+        run(scene(allocator="llm"), tmp_path)
+
+
+def test_a_tiny_space_ends_when_no_new_plan_is_left(scene: Scene, tmp_path: Path) -> None:
+    context = scene(evaluations=1000, min_rate=0.3, max_rate=0.3)
+    result = run(context, tmp_path)
+    assert result.stopped == "no new plans"
+    assert 1 <= result.evaluations < 1000
+
+
+def test_a_score_that_is_not_finite_is_the_worst(scene: Scene, tmp_path: Path) -> None:
+    context = scene(evaluations=16)
+    inner = context.score
+    calls = []
+
+    def score(plans: Any, sequences: Any) -> Any:
+        table = inner(plans, sequences)
+        calls.append(len(plans))
+        table[0] = np.nan if len(calls) == 1 else np.inf
+        return table
+
+    object.__setattr__(context, "score", score)
+    result = run(context, tmp_path)
+    assert result.best.fitness < 1e6
+    assert sum(x.fitness == NOT_FINITE for x in context.ledger.candidates()) == 2
+    text = (tmp_path / "run0" / "candidates.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+
+
+def test_a_score_of_the_wrong_shape_is_refused(scene: Scene, tmp_path: Path) -> None:
+    context = scene()
+    object.__setattr__(context, "score", lambda plans, _: np.zeros((len(plans), 1)))
+    with pytest.raises(ValueError, match=r"score: got shape \(8, 1\), want \(8, 4\)"):
+        run(context, tmp_path)
+
+
+class Stop:
+    """Raises KeyboardInterrupt in the call after `calls` calls."""
+
+    def __init__(self, inner: Callable[..., Any], calls: int) -> None:
+        self.inner, self.left = inner, calls
+
+    def __call__(self, *args: Any) -> Any:
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        return self.inner(*args)
+
+
+@pytest.mark.parametrize("place", ["score", "assess", "driver", "on_event"])
+@pytest.mark.parametrize("calls", [0, 1, 2])
+def test_an_interrupted_search_resumes_to_the_same_end(
+    scene: Scene, tmp_path: Path, place: str, calls: int
+) -> None:
+    whole = scene(allocator="llm", replies=MOVES, folder=tmp_path / "whole")
+    expected = run(whole, tmp_path / "whole")
+
+    folder = tmp_path / "cut"
+    first = scene(allocator="llm", replies=MOVES, folder=folder)
+    assert first.driver is not None
+    if place == "driver":
+        object.__setattr__(first.driver, "complete", Stop(first.driver.complete, calls))
+    else:
+        times = 9 * calls if place == "on_event" else calls
+        object.__setattr__(first, place, Stop(getattr(first, place), times))
+    with pytest.raises(KeyboardInterrupt):
+        run(first, folder)
+    scored = len(first.ledger.candidates())
+
+    second = scene(allocator="llm", replies=MOVES, folder=folder)
+    assert second.ledger.candidates() == first.ledger.candidates()
+    answered = len(first.driver.requests)  # type: ignore[attr-defined]
+    second.driver.requests.extend([None] * answered)  # type: ignore[union-attr]
+    result = run(second, folder)
+    assert without_seconds(second.ledger) == without_seconds(whole.ledger)
+    assert result.best.key == expected.best.key
+    assert result.llm_calls == expected.llm_calls
+    assert len(second.ledger.candidates()) >= scored
+
+
+def test_a_finished_search_is_not_run_again(scene: Scene, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    first = run(scene(folder=folder), folder)
+    again = scene(folder=folder)
+    result = run(again, folder)
+    assert result.best == first.best
+    assert again.score.plans == []  # type: ignore[attr-defined]
+
+
+def test_the_graph_reads_as_the_workflow() -> None:
+    edges = {(x.source, x.target) for x in build_graph().compile().get_graph().edges}
+    assert edges == {
+        ("__start__", "generate"),
+        ("generate", "evaluate"),
+        ("evaluate", "record"),
+        ("record", "select"),
+        ("record", "__end__"),
+        ("select", "crossover"),
+        ("crossover", "mutate"),
+        ("mutate", "evaluate"),
+    }
+
+
+def test_the_search_core_does_not_load_torch() -> None:
+    code = (
+        "import sys, agent.graph, agent.allocators, agent.ledger, prompts.library;"
+        "bad = {'torch', 'transformers', 'xgrammar', 'matplotlib'} & set(sys.modules);"
+        "sys.exit(f'loaded {bad}' if bad else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
