@@ -71,12 +71,12 @@ class ElasticLayer:
         recipe: Recipe,
     ) -> None:
         dense = dict(layer.named_parameters())
-        wide = torch.float64 if dense[f"{family.o}.weight"].dtype == torch.float64 else torch.float32
+        wide = (
+            torch.float64 if dense[f"{family.o}.weight"].dtype == torch.float64 else torch.float32
+        )
         output = dense[f"{family.o}.weight"].detach().to(wide)
         down = dense[f"{family.down}.weight"].detach().to(wide)
-        scores = unit_scores(
-            recipe.metric, output, down, statistics, architecture, recipe.seed
-        )
+        scores = unit_scores(recipe.metric, output, down, statistics, architecture, recipe.seed)
         self.order: Order = order_of(scores, recipe.unit)
         self._family, self._architecture, self._unit = family, architecture, recipe.unit
         self._dense = dense
@@ -86,7 +86,9 @@ class ElasticLayer:
         columns = head_rows(heads, architecture.head_dim)
         channels = self.order.channels
         self._attention, self._mlp = (
-            correction(recipe.reconstruction, weight[:, index], permuted(moments, index), recipe.ridge)
+            correction(
+                recipe.reconstruction, weight[:, index], permuted(moments, index), recipe.ridge
+            )
             for weight, moments, index in (
                 (output, statistics.attention, columns),
                 (down, statistics.mlp, channels),

@@ -94,7 +94,7 @@ class Grid:
             raise ValueError(f"pruning.step: got {step}, allowed 1 to {architecture.mlp}")
         units = architecture.kv_heads if unit == "kv_group" else architecture.q_per_group
         attention = tuple(range(1, units + 1)) if prune_attention else (units,)
-        mlp = tuple(range(step, architecture.mlp, step)) + (architecture.mlp,)
+        mlp = (*range(step, architecture.mlp, step), architecture.mlp)
         dense = LayerPlan(architecture.kv_heads, architecture.q_per_group, architecture.mlp)
         return cls(unit, attention, mlp, dense)
 
@@ -187,9 +187,7 @@ class Budget:
 
     def cost(self, levels: Sequence[tuple[int, int]]) -> float:
         """Return the cost of `(attention level, MLP level)` per layer."""
-        return sum(
-            self.attention[i][a] + self.mlp[i][m] for i, (a, m) in enumerate(levels)
-        )
+        return sum(self.attention[i][a] + self.mlp[i][m] for i, (a, m) in enumerate(levels))
 
     def is_within(self, levels: Sequence[tuple[int, int]]) -> bool:
         """Return whether the plan with these levels costs at most the limit."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,8 @@ class CrossMoments:
     """Sums x x', y x' and y y over tokens, x with a constant 1 appended where there is a bias."""
 
     with_bias: bool
-    xx: Tensor | None = None
-    yx: Tensor | None = None
+    xx: Tensor | float = 0.0
+    yx: Tensor | float = 0.0
     yy: float = 0.0
     count: int = 0
 
@@ -38,24 +39,19 @@ class CrossMoments:
         x, y = x_BTN.flatten(0, 1).to(wide), y_BTD.flatten(0, 1).to(wide)
         if self.with_bias:
             x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-        if self.xx is None or self.yx is None:
-            self.xx, self.yx = x.T @ x, y.T @ x
-        else:
-            self.xx.addmm_(x.T, x)
-            self.yx.addmm_(y.T, x)
+        self.xx = x.T @ x + self.xx
+        self.yx = y.T @ x + self.yx
         self.yy += float(y.square().sum(dtype=torch.float64))
         self.count += len(x)
 
     def means(self) -> tuple[Tensor, Tensor, float]:
         """Return E[x x'], E[y x'] in float64 and E|y|^2."""
-        assert self.xx is not None and self.yx is not None
+        assert isinstance(self.xx, Tensor)
+        assert isinstance(self.yx, Tensor)
         return self.xx.double() / self.count, self.yx.double() / self.count, self.yy / self.count
 
     def merged(self, other: CrossMoments) -> CrossMoments:
         """Return the moments over the tokens of both."""
-        assert self.xx is not None and self.yx is not None
-        if other.xx is None or other.yx is None:
-            return self
         return CrossMoments(
             self.with_bias,
             self.xx + other.xx,
@@ -90,10 +86,11 @@ def refit(
     for index, (dense_layer, layer) in enumerate(layers):
         after = [run_attention(dense_layer, x, rotary) for x in target]
         target = [run_mlp(dense_layer, x) for x in after]
-        inputs = _captured(layer, family.o, lambda x: run_attention(layer, x, rotary), stream)
+        attend = partial(run_attention, layer, rotary=rotary)
+        inputs = _captured(layer.get_submodule(family.o), attend, stream)
         first = _refit_output(layer.get_submodule(family.o), inputs, stream, after)
         stream = _applied(layer.get_submodule(family.o), inputs, stream)
-        inputs = _captured(layer, family.down, lambda x: run_mlp(layer, x), stream)
+        inputs = _captured(layer.get_submodule(family.down), partial(run_mlp, layer), stream)
         second = _refit_output(layer.get_submodule(family.down), inputs, stream, target)
         stream = _applied(layer.get_submodule(family.down), inputs, stream)
         ridges.append((first, second))
@@ -102,19 +99,17 @@ def refit(
 
 
 def _captured(
-    layer: nn.Module, role: str, run: Callable[[Tensor], Tensor], stream: Sequence[Tensor]
+    linear: nn.Module, run: Callable[[Tensor], Tensor], stream: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Return what enters the output projection `role` for each micro-batch."""
+    """Return what enters the output projection `linear` for each micro-batch of the run."""
     inputs: list[Tensor] = []
-    with inputs_of(layer.get_submodule(role), inputs.append):
+    with inputs_of(linear, inputs.append):
         for batch in stream:
             run(batch)
     return inputs
 
 
-def _applied(
-    linear: nn.Module, inputs: Sequence[Tensor], stream: Sequence[Tensor]
-) -> list[Tensor]:
+def _applied(linear: nn.Module, inputs: Sequence[Tensor], stream: Sequence[Tensor]) -> list[Tensor]:
     """Return the residual stream after the block."""
     return [before + linear(x) for before, x in zip(stream, inputs, strict=True)]
 

@@ -70,9 +70,7 @@ class SequentialModel:
         parameters, orders = [], []
         for layer, kept in zip(self.family.layers(self.model), plan.layers, strict=True):
             statistics, _ = layer_statistics(self.family, layer, hidden, rotary)
-            ranked = ElasticLayer(
-                layer, self.family, self._architecture, statistics, self._recipe
-            )
+            ranked = ElasticLayer(layer, self.family, self._architecture, statistics, self._recipe)
             tensors = ranked.parameters(kept)
             hidden = [run_cut_layer(layer, kept, tensors, x, rotary) for x in hidden]
             parameters.append(tensors)

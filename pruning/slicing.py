@@ -27,7 +27,7 @@ def sliced(prunable: Prunable, plan: Plan) -> PreTrainedModel:
     the correction biases, any other a `pruning.modeling_pruned` class. Weights are copies.
     """
     parameters = prunable.parameters(plan)
-    dense: PreTrainedModel = prunable.model  # type: ignore[assignment]
+    dense: PreTrainedModel = prunable.model
     state = _outer_state(dense)
     for index, layer in enumerate(parameters):
         state |= {f"model.layers.{index}.{name}": x for name, x in layer.items()}
@@ -49,11 +49,11 @@ def layer_plan(model: PreTrainedModel) -> Plan:
     layers = []
     for layer in model.get_submodule("model.layers").children():
         attention, mlp = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
-        head_dim = int(attention.head_dim)  # type: ignore[arg-type]
-        kv_groups = attention.get_submodule("k_proj").out_features // head_dim  # type: ignore[operator]
-        heads = attention.get_submodule("q_proj").out_features // head_dim  # type: ignore[operator]
+        head_dim = int(attention.head_dim)
+        kv_groups = attention.get_submodule("k_proj").out_features // head_dim
+        heads = attention.get_submodule("q_proj").out_features // head_dim
         channels = mlp.get_submodule("down_proj").in_features
-        layers.append(LayerPlan(int(kv_groups), int(heads // kv_groups), int(channels)))  # type: ignore[arg-type]
+        layers.append(LayerPlan(int(kv_groups), int(heads // kv_groups), int(channels)))
     return Plan(tuple(layers))
 
 
@@ -141,8 +141,10 @@ def _built(
 
     with init_empty_weights(include_buffers=False):
         model = model_class(config)
-    copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format)
-              for name, tensor in state.items()}
+    copies = {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in state.items()
+    }
     model.load_state_dict(copies, assign=True)
     model.tie_weights()
     return model

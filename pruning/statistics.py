@@ -50,8 +50,8 @@ class Moments:
 
     def __init__(self) -> None:
         self.count = 0
-        self.total: Tensor | None = None
-        self.square: Tensor | None = None
+        self.total: Tensor | float = 0.0
+        self.square: Tensor | float = 0.0
         self.gram: Tensor | None = None
         self.energies: list[Tensor] = []
 
@@ -59,14 +59,9 @@ class Moments:
         """Add a micro-batch; products in float32, channel sums in float64."""
         x = x_BTN.reshape(-1, x_BTN.shape[-1])
         x = x if x.dtype == torch.float64 else x.float()
-        total = x.sum(0, dtype=torch.float64)
-        square = x.square().sum(0, dtype=torch.float64)
-        if self.gram is None or self.total is None or self.square is None:
-            self.total, self.square, self.gram = total, square, x.T @ x
-        else:
-            self.total += total
-            self.square += square
-            self.gram.addmm_(x.T, x)
+        self.total = x.sum(0, dtype=torch.float64) + self.total
+        self.square = x.square().sum(0, dtype=torch.float64) + self.square
+        self.gram = x.T @ x if self.gram is None else self.gram.addmm_(x.T, x)
         self.count += x.shape[0]
 
     def add_residual(self, r_BTD: Tensor) -> None:
@@ -75,7 +70,9 @@ class Moments:
 
     def finish(self) -> BlockStatistics:
         """Return the moments per token."""
-        assert self.gram is not None and self.total is not None and self.square is not None
+        assert isinstance(self.total, Tensor)
+        assert isinstance(self.square, Tensor)
+        assert self.gram is not None
         return BlockStatistics(
             self.count,
             self.total / self.count,

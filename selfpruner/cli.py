@@ -18,6 +18,14 @@ main = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the modelling file that lies beside the weights; exported models bring one.",
+    ),
+]
+
 _HOUSE = Path(__file__).resolve().parents[1]
 _ROOMS = ("agent", "evaluators", "prompts", "pruning", "selfpruner")
 
@@ -74,6 +82,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Items a task; whole sets by default.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="The same for both models.")] = 8,
+    trust_remote_code: _Trust = False,
 ) -> None:
     """Measure accuracy on commonsense tasks."""
     with _plain_errors():
@@ -84,16 +93,17 @@ def evaluate(
         if unknown or not names:
             got = ", ".join(unknown) or "none"
             raise ValueError(f"--tasks: got {got}; allowed: {', '.join(TASKS)}")
-        from selfpruner import judge
+        from selfpruner.inspection import evaluate_command
         from selfpruner.progress import Progress
 
         with Progress() as progress:
-            judge.evaluate_command(
+            evaluate_command(
                 model,
                 baseline=baseline,
-                tasks=names,
+                tasks=[task for task in TASKS if task in names],
                 samples=samples,
                 batch_size=batch_size,
+                trust_remote_code=trust_remote_code,
                 progress=progress,
             )
 
@@ -101,15 +111,19 @@ def evaluate(
 @main.command()
 def speed(
     model: Annotated[str, typer.Argument(help="Folder, hub id, .gguf file or packaged model.")],
+    *,
     baseline: Annotated[str | None, typer.Option(help="Model to compare with.")] = None,
+    trust_remote_code: _Trust = False,
 ) -> None:
     """Measure prefill and decoding time and memory."""
     with _plain_errors():
-        from selfpruner import judge
+        from selfpruner.inspection import speed_command
         from selfpruner.progress import Progress
 
         with Progress() as progress:
-            judge.speed_command(model, baseline=baseline, progress=progress)
+            speed_command(
+                model, baseline=baseline, trust_remote_code=trust_remote_code, progress=progress
+            )
 
 
 @main.command()

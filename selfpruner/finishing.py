@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from agent import allocators
 from pruning.elastic import Prunable
 from pruning.plan import Plan
 from pruning.refit import refit
 from pruning.slicing import sliced
+from selfpruner import judge
 from selfpruner.fitness import Finished, Fitness
 from selfpruner.progress import Progress
-from selfpruner.results import Refit
+from selfpruner.results import Control, Refit
 from selfpruner.workbench import Workbench
 
 if TYPE_CHECKING:
@@ -50,3 +52,26 @@ def finish(
 def mean_fitness(fitness: Fitness, plan: Plan) -> float:
     """Return the mean fitness of one plan over all sequences."""
     return float(fitness([plan], range(fitness.num_sequences)).mean())
+
+
+def control_models(
+    bench: Workbench, prunable: Prunable, selection: Fitness, progress: Progress
+) -> tuple[dict[str, Control], tuple[str, ...]]:
+    """Return the simple plans, finished by the same recipe; a warning where one is impossible."""
+    makers = {"uniform": allocators.uniform, "uniform_mlp": allocators.uniform_mlp}
+    controls: dict[str, Control] = {}
+    warnings = []
+    for name in bench.config.evaluation.controls:
+        try:
+            plan = bench.grid.plan(makers[name](bench.space))
+        except ValueError as error:
+            warnings.append(f"control {name} left out: {error}")
+            continue
+        model, _ = finish(bench, prunable, plan, selection, progress, f"control {name}")
+        controls[name] = Control(
+            parameters=judge.sizes(model)["parameters"],
+            perplexity=dict(
+                judge.perplexities(model, bench.texts.report, bench.config.evaluation.batch_size)
+            ),
+        )
+    return controls, tuple(warnings)

@@ -85,8 +85,10 @@ def difference(
     """Return the paired difference of the task means, in points; None without tasks."""
     if not dense:
         return None
-    correct = [{name: score.correct for name, score in x.items()} for x in (dense, pruned)]
-    found = compare(*correct, seed=seed)
+    before, after = (
+        {name: score.correct for name, score in scores.items()} for scores in (dense, pruned)
+    )
+    found = compare(before, after, seed=seed)
     return Difference(points=found.points, ci95=found.ci95)
 
 
@@ -137,7 +139,9 @@ def continuation(
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
     )
-    text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    text: str = tokenizer.decode(
+        output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
     return text
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,48 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from agent import allocators
 from agent.drivers.driver import Driver
 from agent.graph import SearchResult, run_search
 from agent.ledger import Ledger
 from agent.state import SearchContext
 from evaluators.choices import ChoiceItem, EncodedChoices, encode_choices
-from evaluators.memory import peak_resident_bytes
-from evaluators.tasks import MEAN_CONVENTION
 from prompts.library import Strategy, load_strategy
 from pruning.elastic import Prunable
 from pruning.export import export, is_stock
 from pruning.plan import Plan
 from pruning.ranking import order_hash
-from selfpruner import judge
 from selfpruner.config import RunConfig
 from selfpruner.data import load_choice_items
-from selfpruner.environment import environment
-from selfpruner.finishing import finish, mean_fitness
+from selfpruner.finishing import control_models, finish, mean_fitness
 from selfpruner.fitness import Fitness
 from selfpruner.model_card import model_card
 from selfpruner.progress import Progress
 from selfpruner.report import write_report
-from selfpruner.results import (
-    BudgetNumbers,
-    Control,
-    Cost,
-    Evaluation,
-    GenerationRow,
-    HistoryRow,
-    LayerUnits,
-    Macs,
-    Memory,
-    ModelNumbers,
-    Quality,
-    Refit,
-    Results,
-    SearchNumbers,
-    Speed,
-    Units,
-)
 from selfpruner.run_folder import RunFolder
 from selfpruner.speed_model import SpeedModel, fit_speed
+from selfpruner.verdict import Outcome, verdict
 from selfpruner.workbench import Workbench, prepare, rank
 
 if TYPE_CHECKING:
@@ -74,14 +51,12 @@ def compress(config: RunConfig, folder: RunFolder, progress: Progress) -> Path:
     best, selected = _selected(found, selection)
     _write_plan(bench, prunable, best, folder)
     model, refitted = finish(bench, prunable, best, selection, progress)
-    with progress.stage("controls"):
-        controls, warnings = _controls(bench, prunable, selection, progress)
+    controls, warnings = control_models(bench, prunable, selection, progress)
     del prunable, score, selection
     pruned = export(model, bench.tokenizer, folder.model, getattr(torch, config.export.dtype))
     _check_export(pruned, folder.model, bench)
-    results = _results(
-        bench, pruned, best, found, selected, refitted, controls, warnings, progress, folder
-    )
+    outcome = Outcome(best, found, selected, refitted, controls, warnings)
+    results = verdict(bench, pruned, outcome, Ledger(folder.path), progress)
     results.save(folder.results)
     card = model_card(results, is_stock(pruned))
     (folder.model / "README.md").write_text(card, encoding="utf-8")
@@ -160,9 +135,7 @@ def _search(
         return run_search(context, folder.checkpoints)
 
 
-def _narrator(
-    advance: Callable[..., None], progress: Progress
-) -> Callable[[dict[str, Any]], None]:
+def _narrator(advance: Callable[..., None], progress: Progress) -> Callable[[dict[str, Any]], None]:
     """Return a listener that moves the bar and prints a line a generation."""
 
     def tell(event: dict[str, Any]) -> None:
@@ -238,30 +211,6 @@ def _write_plan(bench: Workbench, prunable: Prunable, plan: Plan, folder: RunFol
     )
 
 
-def _controls(
-    bench: Workbench, prunable: Prunable, selection: Fitness, progress: Progress
-) -> tuple[dict[str, Control], list[str]]:
-    """Return the simple plans, finished by the same recipe; a warning where one is impossible."""
-    makers = {"uniform": allocators.uniform, "uniform_mlp": allocators.uniform_mlp}
-    controls, warnings = {}, []
-    for name in bench.config.evaluation.controls:
-        try:
-            plan = bench.grid.plan(makers[name](bench.space))
-        except ValueError as error:
-            warnings.append(f"control {name} left out: {error}")
-            continue
-        model, _ = finish(bench, prunable, plan, selection, progress, f"refit, {name}")
-        controls[name] = Control(
-            parameters=judge.sizes(model)["parameters"],
-            perplexity=_perplexities(bench, model),
-        )
-    return controls, warnings
-
-
-def _perplexities(bench: Workbench, model: PreTrainedModel) -> dict[str, float]:
-    return judge.perplexities(model, bench.texts.report, bench.config.evaluation.batch_size)
-
-
 def _check_export(pruned: PreTrainedModel, folder: Path, bench: Workbench) -> None:
     """Reload what was exported and compare logits, bit for bit.
 
@@ -273,123 +222,3 @@ def _check_export(pruned: PreTrainedModel, folder: Path, bench: Workbench) -> No
     with torch.no_grad():
         if not torch.equal(reloaded(tokens).logits, pruned(tokens).logits):
             raise RuntimeError(f"{folder}: the exported model differs from the one in memory")
-
-
-def _results(
-    bench: Workbench,
-    pruned: PreTrainedModel,
-    plan: Plan,
-    found: SearchResult,
-    selected: float,
-    refitted: Refit | None,
-    controls: dict[str, Control],
-    warnings: list[str],
-    progress: Progress,
-    folder: RunFolder,
-) -> Results:
-    """Judge both models and return every number of the run."""
-    config, settings = bench.config, bench.config.evaluation
-    exported = judge.sizes(pruned)
-    pruned = pruned.to(bench.model.dtype)
-    with progress.stage("perplexity"):
-        texts = {x: _perplexities(bench, m) for x, m in (("dense", bench.model), ("pruned", pruned))}
-    scores = {
-        label: judge.tasks(model, bench.tokenizer, settings, config.seed, progress, label)
-        for label, model in (("dense", bench.model), ("pruned", pruned))
-    }
-    with progress.stage("speed"):
-        rows = judge.speed_rows(bench.model, pruned, settings, config.seed)
-    with progress.stage("samples"):
-        samples = judge.samples(bench.model, pruned, bench.tokenizer)
-    dense_sizes = judge.sizes(bench.model)
-    tokens = settings.speed.prompt_tokens
-    dense_plan = Plan.dense(bench.architecture)
-    return Results(
-        schema_version=1,
-        model=ModelNumbers(
-            name=config.model,
-            family=bench.family.name,
-            parameters_dense=dense_sizes["parameters"],
-            parameters_pruned=exported["parameters"],
-        ),
-        budget=BudgetNumbers(
-            kind=bench.budget.kind, target=bench.budget.target, achieved=bench.achieved(plan)
-        ),
-        recipe=config.recipe,
-        search=_search_numbers(config, found, selected),
-        quality=Quality(
-            dense=judge.quality(scores["dense"], texts["dense"]),
-            pruned=judge.quality(scores["pruned"], texts["pruned"]),
-            difference=judge.difference(scores["dense"], scores["pruned"], config.seed),
-        ),
-        speed=Speed(rows=rows),
-        memory=Memory(dense_bytes=dense_sizes["bytes"], pruned_bytes=exported["bytes"]),
-        units=tuple(
-            LayerUnits(
-                layer=index,
-                kv_groups=x.kv_groups,
-                q_per_group=x.q_per_group,
-                mlp_channels=x.mlp_channels,
-            )
-            for index, x in enumerate(plan.layers)
-        ),
-        units_dense=Units(
-            kv_groups=bench.architecture.kv_heads,
-            q_per_group=bench.architecture.q_per_group,
-            mlp_channels=bench.architecture.mlp,
-        ),
-        history=_history(Ledger(folder.path)),
-        generations=tuple(GenerationRow(**x) for x in found.generations),
-        controls=controls,
-        samples=samples,
-        cost=Cost(
-            stage_seconds=dict(progress.seconds), peak_memory_bytes=peak_resident_bytes()
-        ),
-        refit=refitted,
-        warnings=tuple(warnings),
-        macs=Macs(
-            dense=bench.architecture.total_macs(dense_plan, tokens),
-            pruned=bench.architecture.total_macs(plan, tokens),
-            tokens=tokens,
-        ),
-        evaluation=Evaluation(
-            batch_size=settings.batch_size,
-            samples=settings.samples,
-            perplexity_length={k: int(v.shape[1]) for k, v in bench.texts.report.items()},
-            mean_convention=MEAN_CONVENTION,
-        ),
-        environment=json.loads(json.dumps(environment(config.seed))),
-    )
-
-
-def _search_numbers(config: RunConfig, found: SearchResult, selected: float) -> SearchNumbers:
-    driver = (config.driver.model or config.model) if _asks_llm(config) else None
-    return SearchNumbers(
-        allocator=config.search.allocator,
-        driver=f"{config.driver.kind}: {driver}" if driver else None,
-        strategy=config.search.strategy if _asks_llm(config) else None,
-        evaluations=found.evaluations,
-        llm_calls=found.llm_calls,
-        llm_tokens=found.llm_tokens,
-        fallbacks=found.fallbacks,
-        best_fitness=found.best.fitness,
-        selection_fitness=selected,
-        wall_seconds=found.seconds,
-    )
-
-
-def _history(ledger: Ledger) -> tuple[HistoryRow, ...]:
-    rows, best = [], float("inf")
-    for number, candidate in enumerate(ledger.candidates(), start=1):
-        best = min(best, candidate.fitness)
-        rows.append(
-            HistoryRow(
-                evaluation=number,
-                generation=candidate.generation,
-                operator=candidate.operator,
-                origin=candidate.origin,
-                fitness=candidate.fitness,
-                best=best,
-            )
-        )
-    return tuple(rows)

@@ -8,4 +8,4 @@ from pruning.statistics import BlockStatistics
 def magnitude(weight_ON: Tensor, statistics: BlockStatistics) -> Tensor:
     """Return |W_:,j|_2 per input channel (N,): Mag-sp of the FLAP comparison, no data used."""
     del statistics
-    return weight_ON.double().norm(dim=0)
+    return weight_ON.double().square().sum(0).sqrt()

@@ -14,9 +14,7 @@ METRICS = {"magnitude": magnitude, "wanda_sp": wanda_sp, "wifv": wifv}
 NAMES = (*METRICS, "random")
 
 
-def channel_scores(
-    name: str, weight_ON: Tensor, statistics: BlockStatistics, seed: int
-) -> Tensor:
+def channel_scores(name: str, weight_ON: Tensor, statistics: BlockStatistics, seed: int) -> Tensor:
     """Return the importance (N,) in float64 of each input channel; `seed` is for `random`.
 
     Raises:

@@ -116,9 +116,7 @@ def correction(
         return BiasCorrection(weight_ON, statistics)
     if name == "least_squares":
         return LeastSquaresCorrection(weight_ON, statistics, ridge)
-    raise ValueError(
-        f"pruning.reconstruction: got {name!r}, allowed none, bias, least_squares"
-    )
+    raise ValueError(f"pruning.reconstruction: got {name!r}, allowed none, bias, least_squares")
 
 
 def centred(statistics: BlockStatistics) -> Tensor:

@@ -55,19 +55,13 @@ def test_the_fields_are_the_contract(tmp_path: Path) -> None:
     ledger.add_candidate(CANDIDATE)
     ledger.add_line(LINE)
     candidate = json.loads((tmp_path / "candidates.jsonl").read_text())
-    assert (
-        list(candidate)
-        == (
-            "id generation operator origin parents genotype key scores accuracy speedup tokens seconds"
-        ).split()
+    assert " ".join(candidate) == (
+        "id generation operator origin parents genotype key scores accuracy speedup tokens seconds"
     )
     assert list(candidate["scores"]) == ["fitness", "stderr", "sequences"]
     line = json.loads((tmp_path / "llm.jsonl").read_text())
-    assert (
-        list(line)
-        == (
-            "generation slot operator attempt prompt_hash messages reply tokens seconds outcome"
-        ).split()
+    assert " ".join(line) == (
+        "generation slot operator attempt prompt_hash messages reply tokens seconds outcome"
     )
 
 

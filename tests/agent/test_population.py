@@ -9,6 +9,7 @@ import pytest
 
 from agent import population
 from agent.projection import Space
+from agent.settings import Granularity
 from pruning.architecture import Architecture
 from pruning.plan import Budget, Grid
 
@@ -22,7 +23,7 @@ def space() -> Space:
 
 
 @pytest.mark.parametrize("granularity", ["block", "layer"])
-def test_operators_keep_the_budget(space: Space, granularity: population.Granularity) -> None:
+def test_operators_keep_the_budget(space: Space, granularity: Granularity) -> None:
     rng = np.random.default_rng(0)
     first = population.random_plan(space, rng, granularity)
     second = population.random_plan(space, rng, granularity)

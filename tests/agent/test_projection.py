@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from agent.projection import Space
 from pruning.architecture import Architecture
-from pruning.plan import Budget, Grid
+from pruning.plan import AttentionUnit, Budget, BudgetKind, Grid
 
 FAMILIES = {
     "llama": Architecture("llama", 5, 96, 8, 8, 12, 256, 1000, False),
@@ -28,15 +28,16 @@ FAMILIES = {
 @st.composite
 def spaces(draw: st.DrawFn) -> Space:
     architecture = draw(st.sampled_from(list(FAMILIES.values())))
-    unit = draw(st.sampled_from(["kv_group", "query_head"]))
+    unit: AttentionUnit = draw(st.sampled_from(["kv_group", "query_head"]))
     step = draw(st.sampled_from([8, 16, 30, 32, 64]))
     grid = Grid.of(architecture, step, unit, draw(st.booleans()))
-    kind = draw(st.sampled_from(["parameters", "macs", "bytes", "total"]))
+    kinds: list[BudgetKind] = ["parameters", "macs", "bytes"]
+    kind, total = draw(st.sampled_from(kinds)), draw(st.booleans())
     share = draw(st.floats(0.05, 1.0))
     try:
-        if kind == "total":
-            total = architecture.fixed_parameters() + share * architecture.block_parameters()
-            budget = Budget.of(architecture, grid, "parameters", total)
+        if total:
+            parameters = architecture.fixed_parameters() + share * architecture.block_parameters()
+            budget = Budget.of(architecture, grid, "parameters", parameters)
         else:
             budget = Budget.of(architecture, grid, kind, share)
     except ValueError:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from agent import parse
+from agent.drivers import embedded
 from agent.drivers.driver import Request
 from agent.drivers.embedded import EmbeddedDriver
 from agent.parse import Bounds
@@ -68,7 +72,7 @@ def request(text: str = "moves", seed: int = 0, **changes: Any) -> Request:
 
 def test_a_random_model_writes_valid_replies_of_every_form(model: LlamaForCausalLM) -> None:
     driver = driver_of(model)
-    schemas = [
+    schemas: list[tuple[parse.Schema, Callable[[str], object]]] = [
         (parse.vectors_schema(BOUNDS), lambda x: parse.parse_vectors(x, BOUNDS)),
         (parse.mix_schema(BOUNDS), lambda x: parse.parse_mix(x, BOUNDS)),
         (parse.select_schema([3, 11, 7], 2), lambda x: parse.parse_select(x, [3, 7, 11], 2)),
@@ -111,6 +115,29 @@ def test_padding_changes_nothing(model: LlamaForCausalLM) -> None:
     alone = [driver_of(model, 1).complete([request(x, temperature=0)])[0] for x in texts]
     assert [x.text for x in together] == [x.text for x in alone]
     assert [x.prompt_tokens for x in together] == [x.prompt_tokens for x in alone]
+
+
+def test_fast_decoding_is_the_same_function(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [request("x" * n, temperature=0) for n in (3, 40, 90)]
+    fast = driver_of(model).complete(requests)
+    assert model.config._attn_implementation == "sdpa"
+    monkeypatch.setattr(embedded, "_fast_decoding", lambda _: contextlib.nullcontext())
+    assert [x.text for x in driver_of(model).complete(requests)] == [x.text for x in fast]
+
+
+def test_decode_attention_equals_the_textbook() -> None:
+    torch.manual_seed(0)
+    query = torch.randn(2, 6, 1, 8, dtype=torch.float64)
+    key, value = torch.randn(2, 2, 3, 7, 8, dtype=torch.float64)
+    mask = torch.arange(7)[None, None, None] >= torch.tensor([0, 3])[:, None, None, None]
+    got, _ = embedded._decode_attention(None, query, key, value, mask, scaling=0.5)
+    for n, h in itertools.product(range(2), range(6)):
+        scores = 0.5 * key[n, h // 2] @ query[n, h, 0]
+        weights = torch.exp(scores) * mask[n, 0, 0]
+        expected = (weights / weights.sum()) @ value[n, h // 2]
+        torch.testing.assert_close(got[n, 0, h], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_the_global_random_state_is_left_alone(model: LlamaForCausalLM) -> None:

@@ -1,0 +1,128 @@
+"""The commands `evaluate` and `speed`: any model, alone or beside a baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from evaluators.latency import compare_latency
+from evaluators.tasks import MEAN_CONVENTION, TaskScore, mean_accuracy
+from pruning.loading import load
+from selfpruner import judge
+from selfpruner.config import EvaluationSettings, RunConfig
+from selfpruner.progress import Progress
+from selfpruner.settings import Task
+from selfpruner.workbench import resolved_device, resolved_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def evaluate_command(
+    model: str,
+    *,
+    baseline: str | None,
+    tasks: Sequence[Task],
+    samples: int | None,
+    batch_size: int,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> None:
+    """Print the commonsense accuracy of `model`, paired with `baseline` where one is given.
+
+    Raises:
+        ValueError: a model cannot be loaded; one line.
+    """
+    settings = EvaluationSettings(tasks=tuple(tasks), samples=samples, batch_size=batch_size)
+    scores: dict[str, dict[str, TaskScore]] = {}
+    for name in _names(model, baseline):
+        loaded, tokenizer = _loaded(name, trust_remote_code, progress)
+        scores[name] = judge.tasks(loaded, tokenizer, settings, 0, progress, name)
+        del loaded
+    table = Table(title=MEAN_CONVENTION, title_justify="left")
+    for heading in ("task", "n", *scores):
+        table.add_column(heading, justify="left" if heading == "task" else "right")
+    for task in tasks:
+        found = [x[task] for x in scores.values()]
+        table.add_row(task, str(found[0].n), *(_shown(x) for x in found))
+    table.add_row("mean", "", *(f"{100 * mean_accuracy(x):.2f}" for x in scores.values()))
+    console = Console()
+    console.print(table)
+    if baseline is not None and baseline != model:
+        found_difference = judge.difference(scores[baseline], scores[model], 0)
+        assert found_difference is not None
+        low, high = found_difference.ci95
+        console.print(
+            f"difference {found_difference.points:+.2f} points, "
+            f"95 % interval {low:+.2f} to {high:+.2f}, paired by item"
+        )
+
+
+def speed_command(
+    model: str,
+    *,
+    baseline: str | None,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> None:
+    """Print prefill and decode times and sizes of `model`, interleaved with `baseline`.
+
+    Raises:
+        ValueError: a model cannot be loaded; one line.
+    """
+    models = {
+        name: _loaded(name, trust_remote_code, progress)[0] for name in _names(model, baseline)
+    }
+    asked = EvaluationSettings().speed
+    with progress.stage("speed"):
+        rows = compare_latency(
+            models,
+            batch=asked.batch,
+            prompt_tokens=asked.prompt_tokens,
+            new_tokens=asked.new_tokens,
+            repeats=asked.repeats,
+            warmup=judge.WARMUP,
+            seed=0,
+        )
+    table = Table()
+    for heading in ("", *models):
+        table.add_column(heading, justify="right" if heading else "left")
+    sizes = [judge.sizes(x) for x in models.values()]
+    table.add_row("parameters", *(f"{x['parameters']:,}" for x in sizes))
+    table.add_row("weight bytes", *(f"{x['bytes']:,}" for x in sizes))
+    for row in rows:
+        label = f"{row['phase']} ms, batch {row['batch']}, {row['tokens']} tokens"
+        table.add_row(label, *(f"{row[f'{name}_ms']:.2f}" for name in models))
+    console = Console()
+    console.print(table)
+    for row in rows:
+        if "speedup" in row:
+            console.print(
+                f"{row['phase']}: {row['speedup']:.2f}x (interquartile range {row['spread']:.2f})"
+            )
+
+
+def _names(model: str, baseline: str | None) -> list[str]:
+    """Return the models to load, the baseline first."""
+    return [model] if baseline in (None, model) else [str(baseline), model]
+
+
+def _loaded(
+    name: str, trust_remote_code: bool, progress: Progress
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    config = RunConfig(model=name)
+    with progress.stage(f"load {name}"):
+        return load(
+            name,
+            resolved_dtype(config),
+            resolved_device(config),
+            trust_remote_code=trust_remote_code,
+        )
+
+
+def _shown(score: TaskScore) -> str:
+    normalised = "" if score.acc_norm is None else f", norm {100 * score.acc_norm:.2f}"
+    return f"{100 * score.acc:.2f}{normalised}"

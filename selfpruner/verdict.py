@@ -1,0 +1,193 @@
+"""The verdict: both models judged, and every number of a run in one record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from agent.graph import SearchResult
+from agent.ledger import Ledger
+from evaluators.memory import peak_resident_bytes
+from evaluators.tasks import MEAN_CONVENTION
+from pruning.plan import Plan
+from selfpruner import judge
+from selfpruner.config import RunConfig
+from selfpruner.environment import environment
+from selfpruner.progress import Progress
+from selfpruner.results import (
+    BudgetNumbers,
+    Control,
+    Cost,
+    Evaluation,
+    GenerationRow,
+    HistoryRow,
+    LayerUnits,
+    Macs,
+    Memory,
+    ModelNumbers,
+    Quality,
+    Refit,
+    Results,
+    SearchNumbers,
+    Speed,
+    Units,
+)
+from selfpruner.workbench import Workbench
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the search and the finishing came to."""
+
+    plan: Plan
+    found: SearchResult
+    selection_fitness: float
+    refit: Refit | None
+    controls: Mapping[str, Control]
+    warnings: tuple[str, ...]
+
+
+def verdict(
+    bench: Workbench,
+    pruned: PreTrainedModel,
+    outcome: Outcome,
+    ledger: Ledger,
+    progress: Progress,
+) -> Results:
+    """Judge the dense and the exported model, both in the run's dtype, and return the record."""
+    sizes = {"dense": judge.sizes(bench.model), "pruned": judge.sizes(pruned)}
+    models = {"dense": bench.model, "pruned": pruned.to(bench.model.dtype)}
+    quality = _quality(bench, models, progress)
+    with progress.stage("speed"):
+        rows = judge.speed_rows(
+            models["dense"], models["pruned"], bench.config.evaluation, bench.config.seed
+        )
+    with progress.stage("samples"):
+        samples = judge.samples(models["dense"], models["pruned"], bench.tokenizer)
+    return Results(
+        schema_version=1,
+        model=ModelNumbers(
+            name=bench.config.model,
+            family=bench.family.name,
+            parameters_dense=sizes["dense"]["parameters"],
+            parameters_pruned=sizes["pruned"]["parameters"],
+        ),
+        budget=BudgetNumbers(
+            kind=bench.budget.kind,
+            target=bench.budget.target,
+            achieved=bench.achieved(outcome.plan),
+        ),
+        recipe=bench.config.recipe,
+        search=_search_numbers(bench.config, outcome),
+        quality=quality,
+        speed=Speed(rows=rows),
+        memory=Memory(dense_bytes=sizes["dense"]["bytes"], pruned_bytes=sizes["pruned"]["bytes"]),
+        units=_units(outcome.plan),
+        units_dense=Units(
+            kv_groups=bench.architecture.kv_heads,
+            q_per_group=bench.architecture.q_per_group,
+            mlp_channels=bench.architecture.mlp,
+        ),
+        history=_history(ledger),
+        generations=tuple(GenerationRow(**x) for x in outcome.found.generations),
+        controls=dict(outcome.controls),
+        samples=samples,
+        cost=Cost(stage_seconds=dict(progress.seconds), peak_memory_bytes=peak_resident_bytes()),
+        refit=outcome.refit,
+        warnings=outcome.warnings,
+        macs=_macs(bench, outcome.plan),
+        evaluation=_evaluation(bench),
+        environment=json.loads(json.dumps(environment(bench.config.seed))),
+    )
+
+
+def _quality(
+    bench: Workbench, models: Mapping[str, PreTrainedModel], progress: Progress
+) -> Quality:
+    config, settings = bench.config, bench.config.evaluation
+    with progress.stage("perplexity"):
+        texts = {
+            label: judge.perplexities(model, bench.texts.report, settings.batch_size)
+            for label, model in models.items()
+        }
+    scores = {
+        label: judge.tasks(model, bench.tokenizer, settings, config.seed, progress, label)
+        for label, model in models.items()
+    }
+    return Quality(
+        dense=judge.quality(scores["dense"], texts["dense"]),
+        pruned=judge.quality(scores["pruned"], texts["pruned"]),
+        difference=judge.difference(scores["dense"], scores["pruned"], config.seed),
+    )
+
+
+def _search_numbers(config: RunConfig, outcome: Outcome) -> SearchNumbers:
+    found = outcome.found
+    asks_llm = config.search.allocator == "llm"
+    driver = f"{config.driver.kind}: {config.driver.model or config.model}"
+    return SearchNumbers(
+        allocator=config.search.allocator,
+        driver=driver if asks_llm else None,
+        strategy=config.search.strategy if asks_llm else None,
+        evaluations=found.evaluations,
+        llm_calls=found.llm_calls,
+        llm_tokens=found.llm_tokens,
+        fallbacks=found.fallbacks,
+        best_fitness=found.best.fitness,
+        selection_fitness=outcome.selection_fitness,
+        wall_seconds=found.seconds,
+    )
+
+
+def _units(plan: Plan) -> tuple[LayerUnits, ...]:
+    return tuple(
+        LayerUnits(
+            layer=index,
+            kv_groups=layer.kv_groups,
+            q_per_group=layer.q_per_group,
+            mlp_channels=layer.mlp_channels,
+        )
+        for index, layer in enumerate(plan.layers)
+    )
+
+
+def _macs(bench: Workbench, plan: Plan) -> Macs:
+    tokens = bench.config.evaluation.speed.prompt_tokens
+    dense = Plan.dense(bench.architecture)
+    return Macs(
+        dense=bench.architecture.total_macs(dense, tokens),
+        pruned=bench.architecture.total_macs(plan, tokens),
+        tokens=tokens,
+    )
+
+
+def _evaluation(bench: Workbench) -> Evaluation:
+    settings = bench.config.evaluation
+    return Evaluation(
+        batch_size=settings.batch_size,
+        samples=settings.samples,
+        perplexity_length={k: int(v.shape[1]) for k, v in bench.texts.report.items()},
+        mean_convention=MEAN_CONVENTION,
+    )
+
+
+def _history(ledger: Ledger) -> tuple[HistoryRow, ...]:
+    rows, best = [], float("inf")
+    for number, candidate in enumerate(ledger.candidates(), start=1):
+        best = min(best, candidate.fitness)
+        rows.append(
+            HistoryRow(
+                evaluation=number,
+                generation=candidate.generation,
+                operator=candidate.operator,
+                origin=candidate.origin,
+                fitness=candidate.fitness,
+                best=best,
+            )
+        )
+    return tuple(rows)
