@@ -152,20 +152,23 @@ def _from_moves(context: SearchContext, parent: Levels, moves: Sequence[Move]) -
     """Return `parent` after the moves, each as far as the layers allow.
 
     Raises:
-        ReplyError: a move is not possible at all.
+        ReplyError: none of the moves changes anything.
     """
-    levels = parent
-    for number, move in enumerate(moves, 1):
+    levels, problems = parent, []
+    for move in moves:
         block = 0 if move.block == "attention" else 1
         low, high = context.space.bounds[block]
         spare = levels[move.take_from][block] - low
         room = high - levels[move.give_to][block]
         if spare <= 0 or room <= 0:
             layer, word = (move.take_from, "least") if spare <= 0 else (move.give_to, "most")
-            raise ReplyError(f"Move {number}: {move.block} {layer} already keeps the {word}.")
+            problems.append(f"{move.block} {layer} already keeps the {word}")
+            continue
         size = min(move.units, spare, room)
         levels = population.shifted(levels, move.take_from, block, -size)
         levels = population.shifted(levels, move.give_to, block, size)
+    if len(problems) == len(moves):
+        raise ReplyError(f"None of the moves is possible: {problems[0]}.")
     return context.conform(context.space.settle(levels))
 
 

@@ -12,13 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pruning.architecture import Architecture
-from pruning.elastic import (
-    ElasticLayer,
-    LayerParameters,
-    Recipe,
-    run_cut_layer,
-    run_plan,
-)
+from pruning.elastic import run_cut_layer, run_plan
+from pruning.elastic_layer import ElasticLayer, LayerParameters, Recipe
 from pruning.families import Family
 from pruning.plan import Plan
 from pruning.ranking import Order

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from agent.projection import Space
 from pruning.architecture import Architecture
-from pruning.elastic import ElasticModel, Prunable, Recipe
+from pruning.elastic import ElasticModel, Prunable
+from pruning.elastic_layer import Recipe
 from pruning.families import Family, family_of
 from pruning.loading import architecture_of, load
 from pruning.plan import Budget, Grid, Plan

@@ -194,6 +194,21 @@ def test_repair_sees_the_error_and_is_labelled(scene: Scene, tmp_path: Path) -> 
     assert first.seed != second.seed
 
 
+def test_moves_go_as_far_as_the_layers_allow(scene: Scene, tmp_path: Path) -> None:
+    """Layer 3 has room for two more steps only, and the attention of layer 0 is full."""
+    far = {"block": "mlp", "take_from": 0, "give_to": 3, "units": 8}
+    full = {"block": "attention", "take_from": 5, "give_to": 0, "units": 1}
+    replies = [json.dumps({"moves": x}) for x in ([far, full], [full])]
+    context = scene(allocator="llm", evaluations=3, replies=replies)
+    first = context.first_plan
+    assert (first[0], first[3], context.space.bounds) == ((3, 8), (3, 13), ((0, 3), (1, 15)))
+    run(context, tmp_path)
+    made = context.grid.levels(context.ledger.candidates()[1].plan)
+    assert made == [(3, 6), *first[1:3], (3, 15), *first[4:]]
+    message = "invalid: None of the moves is possible: attention 0 already keeps the most."
+    assert context.ledger.lines()[1].outcome == message
+
+
 def test_duplicates_are_replaced_and_logged(scene: Scene, tmp_path: Path) -> None:
     context = scene(allocator="llm", evaluations=8, replies=[MOVES[0]])
     result = run(context, tmp_path)

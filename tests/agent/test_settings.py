@@ -33,7 +33,7 @@ def test_search_settings_refuse(values: dict[str, Any]) -> None:
 def test_driver_settings_refuse() -> None:
     for values in ({"temperature": 2.5}, {"batch": 0}, {"kind": "api"}, {"key": "x"}):
         with pytest.raises(ValidationError):
-            DriverSettings(**values)  # type: ignore[arg-type]
+            DriverSettings(**values)
 
 
 def test_every_field_is_documented_and_frozen() -> None:
@@ -42,7 +42,7 @@ def test_every_field_is_documented_and_frozen() -> None:
             documented = field.description or name in ("kind",)
             assert documented, name
     with pytest.raises(ValidationError):
-        SearchSettings().population = 5  # type: ignore[misc]
+        SearchSettings().population = 5
 
 
 def test_seconds_count_earlier_processes(tmp_path: Any) -> None:

@@ -1,0 +1,1 @@
+"""Measurements of this project against alternatives, each in one run."""
