@@ -87,30 +87,12 @@ def _tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
 def _weights(source: str, options: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    if "gguf_file" in options:
+    if "gguf_file" in options:  # by default the weights would stay packed
         options = options | {"quantization_config": GgufConfig(dequantize=True)}
-    model = AutoModelForCausalLM.from_pretrained(
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype, attn_implementation="sdpa", **options
     )
-    return _unmarked(model) if "gguf_file" in options else model
-
-
-def _unmarked(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the same weights in a fresh model that is not marked as quantised.
-
-    `save_pretrained` refuses a model that carries a quantiser, even a dequantised one.
-    """
-    from accelerate import init_empty_weights
-
-    config = model.config
-    del config.quantization_config
-    with init_empty_weights(include_buffers=False):
-        fresh = type(model)(config)
-    fresh.load_state_dict(model.state_dict(), assign=True)
-    fresh.tie_weights()
-    fresh.generation_config = model.generation_config
-    fresh.set_attn_implementation("sdpa")
-    return fresh
+    return model
 
 
 def architecture_of(name: str, *, trust_remote_code: bool = False) -> Architecture:
