@@ -127,7 +127,7 @@ def _classical(
         repeats = attempt // 4
     elif slot.operator == "mutate":
         child = plans[0]
-    elif context.settings.allocator == "random" or slot.index % 2:
+    elif context.settings.allocator == "random" or not context.settings.seed_plan:
         return population.random_plan(space, rng, granularity)
     else:
         child, repeats = context.first_plan, _WARM_UP + attempt

@@ -140,7 +140,7 @@ def _paint_accuracy(
         axes.errorbar(
             [100 * pair[side] for pair in figures.values()],
             [row + shift for row in range(len(figures))],
-            xerr=[100 * model.tasks[task].stderr for task in figures],
+            xerr=[100 * (model.tasks[task].stderr or 0.0) for task in figures],
             fmt=marker,
             markersize=6,
             color=colour,

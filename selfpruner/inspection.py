@@ -15,7 +15,7 @@ from selfpruner import judge
 from selfpruner.config import EvaluationSettings, RunConfig
 from selfpruner.progress import Progress
 from selfpruner.settings import Task
-from selfpruner.workbench import resolved_device, resolved_dtype
+from selfpruner.workbench import quiet_libraries, resolved_device, resolved_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -113,6 +113,7 @@ def _names(model: str, baseline: str | None) -> list[str]:
 def _loaded(
     name: str, trust_remote_code: bool, progress: Progress
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    quiet_libraries()
     config = RunConfig(model=name)
     with progress.stage(f"load {name}"):
         return load(

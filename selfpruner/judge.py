@@ -12,7 +12,7 @@ from evaluators.latency import compare_latency
 from evaluators.memory import parameter_count, weight_bytes
 from evaluators.perplexity import perplexity
 from evaluators.significance import compare
-from evaluators.tasks import TaskScore, evaluate_tasks, mean_accuracy
+from evaluators.tasks import MEAN_METRICS, TaskScore, evaluate_tasks, mean_accuracy
 from selfpruner.config import EvaluationSettings
 from selfpruner.progress import Progress
 from selfpruner.results import Difference, QualityNumbers, Sample, SpeedRow, TaskNumbers
@@ -74,7 +74,7 @@ def quality(scores: Mapping[str, TaskScore], texts: Mapping[str, float]) -> Qual
     """Return the quality record of one model."""
     return QualityNumbers(
         perplexity=dict(texts),
-        tasks={name: _task_numbers(score) for name, score in scores.items()},
+        tasks={name: _task_numbers(name, score) for name, score in scores.items()},
         mean=mean_accuracy(scores) if scores else None,
     )
 
@@ -145,12 +145,14 @@ def continuation(
     return text
 
 
-def _task_numbers(score: TaskScore) -> TaskNumbers:
-    in_mean = sum(score.correct) / score.n
-    normalised = score.acc_norm is not None and in_mean == score.acc_norm != score.acc
-    error = score.acc_norm_stderr if normalised else score.stderr
+def _task_numbers(name: str, score: TaskScore) -> TaskNumbers:
+    normalised = MEAN_METRICS[name] == "acc_norm"
     return TaskNumbers(
-        acc=score.acc, acc_norm=score.acc_norm, stderr=error or 0.0, n=score.n, split=score.split
+        acc=score.acc,
+        acc_norm=score.acc_norm,
+        stderr=score.acc_norm_stderr if normalised else score.stderr,
+        n=score.n,
+        split=score.split,
     )
 
 

@@ -29,7 +29,7 @@ from selfpruner.report import write_report
 from selfpruner.run_folder import RunFolder
 from selfpruner.speed_model import SpeedModel, fit_speed
 from selfpruner.verdict import Outcome, verdict
-from selfpruner.workbench import Workbench, prepare, rank
+from selfpruner.workbench import Workbench, prepare, quiet_libraries, rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +42,7 @@ def compress(config: RunConfig, folder: RunFolder, progress: Progress) -> Path:
         ValueError: what is asked for cannot be had; one line.
         OSError: the run folder cannot be written.
     """
+    quiet_libraries()
     torch.manual_seed(config.seed)
     strategy = load_strategy(config.search.strategy) if _asks_llm(config) else None
     bench = prepare(config, progress)

@@ -76,11 +76,11 @@ class SearchNumbers(Record):
 
 
 class TaskNumbers(Record):
-    """One benchmark: `stderr` belongs to the figure that enters the mean."""
+    """One benchmark: `stderr` belongs to the figure that enters the mean, None for one item."""
 
     acc: Share
     acc_norm: Share | None
-    stderr: NonNegativeFloat
+    stderr: NonNegativeFloat | None
     n: PositiveInt
     split: str
 
@@ -116,7 +116,7 @@ class Quality(Record):
 
 
 class SpeedRow(Record):
-    """One timing: median milliseconds of the phase over `tokens` tokens.
+    """One timing: median milliseconds of a prefill of `tokens` tokens, or of one decoded token.
 
     `speedup` is dense over pruned; `spread` is its interquartile range over the repeats.
     """

@@ -131,6 +131,13 @@ def _ranked(bench: Workbench, progress: Progress) -> ElasticModel:
         )
 
 
+def quiet_libraries() -> None:
+    """Turn off the progress bars of transformers: the command shows its own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def resolved_device(config: RunConfig) -> str:
     """Return the device; `auto` takes a GPU where there is one."""
     if config.device != "auto":
