@@ -20,14 +20,12 @@ def export(
     dtype: torch.dtype,
 ) -> PreTrainedModel:
     """Write weights (safetensors), configuration, tokenizer and, unless the model is a stock
-    one, the self-contained modelling file; return the model in the export dtype.
-
-    The model is converted in place.
+    one, the self-contained modelling file; return the model, converted in place.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    model = model.to(dtype)
+    cast_parameters(model, dtype)
     if not is_stock(model):
         name = type(model).__name__
         module = "modeling_pruned"
@@ -41,6 +39,17 @@ def export(
     tokenizer.save_pretrained(folder)
     if not is_stock(model):
         shutil.copyfile(str(modeling_pruned.__file__), folder / "modeling_pruned.py")
+    return model
+
+
+def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Convert the parameters of `model` in place and return it.
+
+    Buffers stay: `Module.to` would round the rotary frequencies, which loading keeps in float32.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
     return model
 
 

@@ -11,6 +11,7 @@ from agent.graph import SearchResult
 from agent.ledger import Ledger
 from evaluators.memory import peak_resident_bytes
 from evaluators.tasks import MEAN_CONVENTION
+from pruning.export import cast_parameters
 from pruning.plan import Plan
 from selfpruner import judge
 from selfpruner.config import RunConfig
@@ -61,7 +62,7 @@ def verdict(
 ) -> Results:
     """Judge the dense and the exported model, both in the run's dtype, and return the record."""
     sizes = {"dense": judge.sizes(bench.model), "pruned": judge.sizes(pruned)}
-    models = {"dense": bench.model, "pruned": pruned.to(bench.model.dtype)}
+    models = {"dense": bench.model, "pruned": cast_parameters(pruned, bench.model.dtype)}
     quality = _quality(bench, models, progress)
     with progress.stage("speed"):
         rows = judge.speed_rows(
