@@ -28,7 +28,7 @@ from selfpruner.workbench import Workbench, prepare
 
 SHARE = 0.7
 METRIC = "wifv"
-RIDGE = 0.01
+RIDGE = 0.1
 
 
 def main() -> None:

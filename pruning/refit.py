@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pruning.families import Family, run_attention, run_mlp
 from pruning.statistics import inputs_of
 
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (0.1, 1.0, 10.0)
 
 
 @dataclass

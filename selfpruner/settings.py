@@ -65,7 +65,7 @@ class PruningSettings(Settings):
     metric: Literal["magnitude", "random", "wanda_sp", "wifv"] = "wifv"
     statistics: Literal["frozen", "sequential"] = "frozen"
     reconstruction: Literal["none", "bias", "least_squares"] = "least_squares"
-    ridge: Annotated[float, Field(gt=0)] = 0.01
+    ridge: Annotated[float, Field(gt=0)] = 0.1
     refit: bool = True
     step: Count = 32
     attention_unit: Literal["kv_group", "query_head"] = "kv_group"

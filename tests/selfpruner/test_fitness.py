@@ -1,0 +1,215 @@
+"""Fitness and predicted speed on tiny random models, against sums by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from evaluators.choices import EncodedChoices, _MicroBatch
+from pruning.elastic import ElasticModel, Recipe
+from pruning.families import family_of
+from pruning.plan import AttentionUnit, Grid, Plan
+from pruning.slicing import sliced
+from selfpruner.fitness import Finished, Fitness
+from selfpruner.speed_model import SpeedModel, fit_speed
+
+DENSE = Plan.from_json([[2, 2, 48]] * 2)
+# The first two and the last share a prefix: the trie meets them in another order than given.
+PLANS = [Plan.from_json(x) for x in ([[1, 2, 16], [2, 2, 8]], [[2, 2, 48], [1, 2, 16]])]
+PLANS += [DENSE, Plan.from_json([[1, 2, 16], [1, 2, 48]]), PLANS[0]]
+
+
+def _random(*shape: int, seed: int) -> Tensor:
+    return torch.randint(3, 120, shape, generator=torch.Generator().manual_seed(seed))
+
+
+TOKENS = _random(5, 12, seed=1)
+
+
+@pytest.fixture(scope="module")
+def elastic() -> ElasticModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=120,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.1,
+    )
+    model = LlamaForCausalLM(config).double().eval().requires_grad_(False)
+    family, architecture = family_of(model)
+    recipe = Recipe("wanda_sp", "least_squares", 0.01)
+    return ElasticModel.rank(model, family, architecture, _random(12, 16, seed=2), recipe)
+
+
+def _fitness(elastic: ElasticModel, weights: dict[str, float], **options: Any) -> Fitness:
+    model: Any = elastic.model
+    return Fitness(elastic, model, elastic.family, weights, TOKENS, **({"batch_size": 2} | options))
+
+
+def _log_probabilities(elastic: ElasticModel, plan: Plan, sequence: int) -> Tensor:
+    """Of the sliced model, at the positions that predict a token (T - 1, V)."""
+    logits = sliced(elastic, plan)(TOKENS[sequence : sequence + 1]).logits
+    return logits[0, :-1].detach().log_softmax(-1)
+
+
+def _kl(elastic: ElasticModel, plan: Plan, sequence: int) -> float:
+    log_p = _log_probabilities(elastic, DENSE, sequence)
+    log_q = _log_probabilities(elastic, plan, sequence)
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def _cross_entropy(elastic: ElasticModel, plan: Plan, sequence: int) -> float:
+    log_q = _log_probabilities(elastic, plan, sequence)
+    targets = TOKENS[sequence, 1:].tolist()
+    return -sum(float(log_q[t, token]) for t, token in enumerate(targets)) / len(targets)
+
+
+@pytest.mark.parametrize(("name", "oracle"), [("kl", _kl), ("perplexity", _cross_entropy)])
+def test_text_terms_by_hand(elastic: ElasticModel, name: str, oracle: Any) -> None:
+    sequences = [4, 0, 3]
+    found = _fitness(elastic, {name: 1.0})(PLANS, sequences)
+    expected = [[oracle(elastic, plan, s) for s in sequences] for plan in PLANS]
+    assert found.shape == (5, 3)
+    assert found.dtype == np.float64
+    assert np.allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_the_dense_plan_does_not_diverge(elastic: ElasticModel) -> None:
+    """Lower is better: the dense plan is at 0 and every other above."""
+    scores = _fitness(elastic, {"kl": 1.0})(PLANS, range(5))
+    assert np.abs(scores[2]).max() < 1e-7
+    assert scores[[0, 1, 3, 4]].min() > 1e-3
+
+
+def test_top512_covers_this_vocabulary(elastic: ElasticModel) -> None:
+    full, top = (_fitness(elastic, {name: 1.0})(PLANS, range(5)) for name in ("kl", "kl_top512"))
+    assert np.allclose(full, top, rtol=0, atol=1e-9)
+
+
+def test_order_of_plans_and_sequences_does_not_matter(elastic: ElasticModel) -> None:
+    fitness = _fitness(elastic, {"kl": 1.0})
+    scores = fitness(PLANS, [0, 1, 2, 3, 4])
+    for order in ([4, 3, 2, 1, 0], [2, 0, 4, 1, 3]):
+        again = fitness([PLANS[i] for i in order], [4, 2, 0])
+        assert np.allclose(again, scores[order][:, [4, 2, 0]], rtol=0, atol=1e-9)
+    assert np.array_equal(scores[0], scores[4])
+    for row, plan in enumerate(PLANS):
+        assert np.allclose(fitness([plan], [3]), scores[row, 3], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_batch_size_does_not_matter(elastic: ElasticModel, batch_size: int) -> None:
+    weights = {"kl": 1.0, "perplexity": 0.5}
+    scores = _fitness(elastic, weights)(PLANS, range(5))
+    again = _fitness(elastic, weights, batch_size=batch_size)(PLANS, range(5))
+    assert np.allclose(again, scores, rtol=0, atol=1e-7)
+
+
+def test_terms_are_weighted_and_summed(elastic: ElasticModel) -> None:
+    kl = _fitness(elastic, {"kl": 1.0})(PLANS, range(5))
+    loss = _fitness(elastic, {"perplexity": 1.0})(PLANS, range(5))
+    both = _fitness(elastic, {"kl": 2.0, "perplexity": 0.25, "accuracy": 0.0})(PLANS, range(5))
+    assert np.allclose(both, 2 * kl + 0.25 * loss, rtol=0, atol=1e-9)
+
+
+def test_finished_models_are_scored_as_plans_are(elastic: ElasticModel) -> None:
+    fitness = _fitness(elastic, {"kl": 1.0, "perplexity": 0.5})
+    assert fitness.num_sequences == 5
+    expected = fitness(PLANS[:1], range(5))
+    finished = fitness.of(Finished(sliced(elastic, PLANS[0])))
+    found = finished([PLANS[0], DENSE], range(5))
+    assert np.allclose(found[0], expected[0], rtol=0, atol=1e-7)
+    assert np.array_equal(found[0], found[1])
+    assert finished.num_sequences == 5
+
+
+def _choices() -> EncodedChoices:
+    """Two items of two choices, one token each after [5, 6] and [7, 8, 9]: four rows, one batch."""
+    ids = torch.tensor([[5, 6, 20, 0], [5, 6, 21, 0], [7, 8, 9, 22], [7, 8, 9, 23]])
+    batch = _MicroBatch(
+        ids,
+        torch.arange(4),
+        torch.tensor([1, 1, 2, 2]),
+        torch.tensor([20, 21, 22, 23]),
+        torch.arange(4),
+    )
+    characters, items = np.array([4.0, 4.0, 2.0, 2.0]), np.array([0, 0, 1, 1])
+    return EncodedChoices((batch,), characters, items, np.array([0, 1]))
+
+
+def _margins(elastic: ElasticModel, plan: Plan) -> list[float]:
+    """(log q(right) - log q(wrong)) / characters: the log-sum-exp cancels."""
+    model = sliced(elastic, plan)
+    first = model(torch.tensor([[5, 6]])).logits[0, -1].detach()
+    second = model(torch.tensor([[7, 8, 9]])).logits[0, -1].detach()
+    return [float(first[20] - first[21]) / 4, float(second[23] - second[22]) / 2]
+
+
+def test_accuracy_term_by_hand(elastic: ElasticModel) -> None:
+    fitness = _fitness(elastic, {"accuracy": 3.0}, choices=_choices())
+    scores = fitness(PLANS, [0, 1])
+    for row, plan in enumerate(PLANS):
+        margins = _margins(elastic, plan)
+        assert scores[row].tolist() == pytest.approx([-3 * sum(margins) / 2] * 2, abs=1e-6)
+        assert fitness.accuracy(plan) == sum(margin > 0 for margin in margins) / 2
+
+
+def test_accuracy_without_items_is_refused(elastic: ElasticModel) -> None:
+    with pytest.raises(ValueError, match=r"^data\.choices: got 0, want at least 1 for .*$"):
+        _fitness(elastic, {"kl": 1.0}).accuracy(DENSE)
+
+
+def test_latency_term_is_the_share_of_the_dense_time(elastic: ElasticModel) -> None:
+    """Base 10, 1 a head, 0.5 a channel: 10 + 8 + 48 = 66 dense, 10 + 6 + 12 = 28 for the first."""
+    speed = SpeedModel(10.0, 1.0, 0.5, DENSE, 256)
+    assert speed.milliseconds(DENSE) == 66.0
+    assert speed.speedup(DENSE) == 1.0
+    assert speed.speedup(PLANS[0]) == 66 / 28
+    fitness = _fitness(elastic, {"kl": 1.0, "latency": 2.0}, speed=speed)
+    plain = _fitness(elastic, {"kl": 1.0})(PLANS, [0, 1])
+    extra = fitness(PLANS, [0, 1]) - plain
+    assert np.allclose(extra[0], 2 * 28 / 66)
+    assert np.allclose(extra[2], 2.0)
+
+
+@pytest.mark.parametrize("unit", ["kv_group", "query_head"])
+def test_fitted_speed(elastic: ElasticModel, unit: AttentionUnit) -> None:
+    grid = Grid.of(family_of(elastic.model)[1], 8, unit)
+    speed = fit_speed(elastic, grid, 2, tokens=64, rounds=2)
+    assert min(speed.base, speed.per_head, speed.per_channel) >= 0
+    assert speed.tokens == 64
+    assert speed.dense == DENSE
+    assert speed.speedup(DENSE) == 1.0
+    assert speed.speedup(grid.plan([(0, 0)] * 2)) >= 1.0
+
+
+def test_fitted_speed_recovers_a_linear_machine(
+    elastic: ElasticModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that charges 2 ms, 3 a head and 0.25 a channel: the fit finds them."""
+    clock = [0.0]
+
+    def run(_: Any, plan: Plan, *_args: Any) -> Tensor:
+        heads = sum(x.kv_groups * x.q_per_group for x in plan.layers)
+        channels = sum(x.mlp_channels for x in plan.layers)
+        clock[0] += (2 + 3 * heads + 0.25 * channels) / 1000
+        return torch.zeros(1)
+
+    monkeypatch.setattr("selfpruner.speed_model.run_plan", run)
+    monkeypatch.setattr("selfpruner.speed_model.time.perf_counter", lambda: clock[0])
+    grid = Grid.of(family_of(elastic.model)[1], 8)
+    speed = fit_speed(elastic, grid, 2, tokens=8, rounds=3)
+    found = (speed.base, speed.per_head, speed.per_channel)
+    assert found == pytest.approx((2.0, 3.0, 0.25), rel=1e-6)
+    dense_ms = 2 + 3 * 8 + 0.25 * 96
+    assert math.isclose(speed.milliseconds(DENSE), dense_ms, rel_tol=1e-6)
