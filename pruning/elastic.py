@@ -74,7 +74,8 @@ class ElasticModel:
         for index, (layer, measured) in enumerate(
             zip(family.layers(model), statistics, strict=True)
         ):
-            layers.append(ElasticLayer(layer, family, architecture, measured, recipe))
+            own = recipe.for_layer(index)
+            layers.append(ElasticLayer(layer, family, architecture, measured, own))
             on_layer(index)
         return cls(model, family, layers)
 

@@ -6,7 +6,7 @@ query heads a group, F MLP channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,10 @@ class Recipe:
     ridge: float
     unit: AttentionUnit = "kv_group"
     seed: int = 0
+
+    def for_layer(self, index: int) -> Recipe:
+        """Return the recipe with a seed of the layer's own."""
+        return replace(self, seed=1_000 * self.seed + 2 * index)
 
     @property
     def has_biases(self) -> bool:

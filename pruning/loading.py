@@ -89,9 +89,12 @@ def _weights(source: str, options: dict[str, Any], dtype: torch.dtype) -> PreTra
 
     if "gguf_file" in options:  # by default the weights would stay packed
         options = options | {"quantization_config": GgufConfig(dequantize=True)}
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, attn_implementation="sdpa", **options
+    model: PreTrainedModel
+    model, info = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **options
     )
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{len(missing)} weights are missing, the first {missing[0]}")
     return model
 
 

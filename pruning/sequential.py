@@ -63,9 +63,11 @@ class SequentialModel:
         hidden = [self.family.embed(self.model, x.to(device)) for x in batches]
         rotary = self.family.rotary(self.model, hidden[0])
         parameters, orders = [], []
-        for layer, kept in zip(self.family.layers(self.model), plan.layers, strict=True):
+        layers = zip(self.family.layers(self.model), plan.layers, strict=True)
+        for index, (layer, kept) in enumerate(layers):
             statistics, _ = layer_statistics(self.family, layer, hidden, rotary)
-            ranked = ElasticLayer(layer, self.family, self._architecture, statistics, self._recipe)
+            own = self._recipe.for_layer(index)
+            ranked = ElasticLayer(layer, self.family, self._architecture, statistics, own)
             tensors = ranked.parameters(kept)
             hidden = [run_cut_layer(layer, kept, tensors, x, rotary) for x in hidden]
             parameters.append(tensors)

@@ -31,7 +31,8 @@ def sliced(prunable: Prunable, plan: Plan) -> PreTrainedModel:
     state = _outer_state(dense)
     for index, layer in enumerate(parameters):
         state |= {f"model.layers.{index}.{name}": x for name, x in layer.items()}
-    has_biases = f"{prunable.family.o}.bias" in parameters[0]
+    roles = (prunable.family.o, prunable.family.down)
+    has_biases = all(f"{role}.bias" in parameters[0] for role in roles)
     built = _stock(prunable.family, dense, plan, state, has_biases)
     if built is None:
         built = _built(
@@ -108,6 +109,7 @@ def _stock(
     are zero. The other families have no bias on down.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassClassValidationError
 
     if not plan.is_uniform or (has_biases and family.name != "llama"):
         return None
@@ -117,8 +119,8 @@ def _stock(
         state = state | _zero_biases(family, state, len(plan.layers))
     try:
         config = getattr(transformers, f"{family.class_prefix}Config")(**fields)
-    except ValueError:  # heads that do not divide the hidden size are refused by stock configs
-        return None
+    except (ValueError, StrictDataclassClassValidationError):
+        return None  # stock configurations refuse heads that do not divide the hidden size
     return _built(getattr(transformers, f"{family.class_prefix}ForCausalLM"), config, state)
 
 

@@ -74,7 +74,9 @@ def _judges_of_plans(
     """Return the fitness on search tokens, the same on selection tokens, and predicted speed."""
     config = bench.config
     with progress.stage("speed model"):
-        speed = fit_speed(prunable, bench.grid, bench.architecture.layers)
+        speed = fit_speed(
+            prunable, bench.grid, bench.architecture.layers, tokens=config.data.length
+        )
     score, selection = (
         Fitness(
             prunable,

@@ -48,7 +48,7 @@ def fit_speed(
     corners = [top, (0, top[1]), (top[0], 0), (0, 0)]
     plans = [grid.plan([corner] * layers) for corner in dict.fromkeys(corners)]
     parameters = [prunable.parameters(plan) for plan in plans]
-    ids = torch.arange(tokens).unsqueeze(0)
+    ids = torch.zeros(1, tokens, dtype=torch.long)
     seconds = np.zeros((rounds + 1, len(plans)))
     for round_ in range(rounds + 1):
         for column, plan in enumerate(plans):

@@ -77,9 +77,8 @@ class LeastSquaresCorrection:
 
     def __init__(self, weight_ON: Tensor, statistics: BlockStatistics, ridge: float) -> None:
         damped = centred(statistics).double()
-        damping = ridge * float(damped.diagonal().mean())
-        damped.diagonal().add_(damping if damping > 0 else ridge)
-        factor = torch.linalg.cholesky(damped)
+        damping = ridge * float(damped.diagonal().clamp_min(0).mean())
+        factor = _factor(damped, damping if damping > 0 else ridge)
         product = weight_ON.double() @ factor
         self.weight = weight_ON
         self._mean = statistics.mean.to(weight_ON)
@@ -139,3 +138,18 @@ def _suffix_energy(weight_ON: Tensor, moments_NN: Tensor) -> Tensor:
     products = (weight_ON.T.double() @ weight_ON.double()) * moments_NN.double()
     above = products.triu(1).sum(1)
     return _suffix_sums(products.diagonal() + 2 * above).clamp_min(0)
+
+
+def _factor(moments_NN: Tensor, damping: float) -> Tensor:
+    """Return L with L L' = moments + damping I; more damping where rounding ate the spread.
+
+    Raises:
+        ValueError: no damping helps: the moments are not finite.
+    """
+    for _ in range(12):
+        moments_NN.diagonal().add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(moments_NN)
+        if not failed:
+            return factor
+        damping *= 9  # ten times as much in all
+    raise ValueError("calibration: the activations are not finite; try dtype: float32")

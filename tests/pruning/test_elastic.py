@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -34,13 +33,12 @@ def _columns(heads: Tensor) -> list[int]:
 def _direct(x: Tensor, weight: Tensor, kept: list[int], ridge: float) -> tuple[Tensor, Tensor]:
     """Ridge solution on the kept dense columns, from the data; the order plays no part in it."""
     mean = x.mean(0)
-    centred = (x - mean).numpy()
-    damping = ridge * float(centred.var(0).mean())
-    scale, pull = len(x) ** 0.5, damping**0.5 * np.eye(len(kept))
-    rows = np.vstack([centred[:, kept] / scale, pull])
-    full = weight.numpy()
-    goal = np.vstack([centred @ full.T / scale, pull @ full[:, kept].T])
-    solution = torch.tensor(np.linalg.lstsq(rows, goal, rcond=None)[0].T)
+    centred = x - mean
+    damping = ridge * float(centred.square().mean(0).mean())
+    scale, pull = len(x) ** 0.5, damping**0.5 * torch.eye(len(kept), dtype=x.dtype)
+    rows = torch.cat([centred[:, kept] / scale, pull])
+    goal = torch.cat([centred @ weight.T / scale, pull @ weight[:, kept].T])
+    solution = torch.linalg.lstsq(rows, goal).solution.T
     return solution, weight @ mean - solution @ mean[kept]
 
 

@@ -152,39 +152,59 @@ def test_a_dense_copy_stays_put(make_model: Any, make_tokens: Any, fields: dict[
         assert torch.allclose(one, other, rtol=0, atol=1e-6)
 
 
-def _first_attention(capture: Any, dense: Any, small: Any, tokens: Tensor) -> tuple[Array, Array]:
-    """What enters the first o_proj of the pruned model, and what it should put out."""
-    embedded = dense.model.embed_tokens(tokens).flatten(0, 1)
-    x = capture(small, tokens)[0].rows("attention").double()
-    goal = capture(dense, tokens)[0].rows("after_attention") - embedded
-    return x.numpy(), goal.double().numpy()
+def _blocks(capture: Any, dense: Any, small: Any, tokens: Tensor) -> list[tuple[Array, Array]]:
+    """For each block of the pruned model: its inputs, and what it should add to the stream."""
+    stream, pairs = small.model.embed_tokens(tokens).flatten(0, 1), []
+    for seen, goal in zip(capture(small, tokens), capture(dense, tokens), strict=True):
+        for inputs, after in (("attention", "after_attention"), ("mlp", "after_mlp")):
+            missing = goal.rows(after) - stream
+            pairs.append((seen.rows(inputs).numpy(), missing.detach().numpy()))
+            stream = seen.rows(after)
+    return pairs
+
+
+def _outputs(small: Any) -> list[Any]:
+    return [
+        x for layer in small.model.layers for x in (layer.self_attn.o_proj, layer.mlp.down_proj)
+    ]
 
 
 @pytest.mark.parametrize("reconstruction", ["none", "bias"])
-def test_first_block_is_the_direct_solution(
+def test_every_block_is_the_direct_solution(
     make_model: Any, rank: Any, make_tokens: Any, capture: Any, reconstruction: str
 ) -> None:
-    """Eight batches of two: the last is held out to choose the ridge, then all are used."""
+    """On the inputs and the stream of the refitted prefix, with the dense stream as the goal."""
     dense, small = _pruned(make_model, rank, "llama", reconstruction)
     tokens, with_bias = make_tokens(16, 16), reconstruction == "bias"
-    x, y = _first_attention(capture, dense, small, tokens)
-    projection = small.model.layers[0].self_attn.o_proj
-    before = projection.weight.detach().clone().numpy()
-    cut = 14 * 16
-    errors = []
-    for ridge in RIDGES:
-        solution = _direct(x[:cut], y[:cut], before, ridge, with_bias)
-        rows = np.hstack([x, np.ones((len(x), 1))]) if with_bias else x
-        errors.append(float(((rows[cut:] @ solution.T - y[cut:]) ** 2).sum()))
-    best = RIDGES[int(np.argmin(errors))]
+    before = [linear.weight.detach().clone().numpy() for linear in _outputs(small)]
     chosen = refit(small, dense, family_of(dense)[0], tokens, batch_size=2)
-    assert chosen[0][0] == best
-    expected = _direct(x, y, before, best, with_bias)
-    assert np.allclose(projection.weight.detach().numpy(), expected[:, : x.shape[1]], atol=1e-7)
-    if with_bias:
-        assert np.allclose(projection.bias.detach().numpy(), expected[:, -1], atol=1e-7)
-    else:
-        assert projection.bias is None
+    ridges = [ridge for pair in chosen for ridge in pair]
+    blocks = _blocks(capture, dense, small, tokens)
+    for linear, (x, y), old, ridge in zip(_outputs(small), blocks, before, ridges, strict=True):
+        expected = _direct(x, y, old, ridge, with_bias)
+        assert np.allclose(linear.weight.detach(), expected[:, : x.shape[1]], rtol=0, atol=1e-6)
+        assert (linear.bias is not None) == with_bias
+        if with_bias:
+            assert np.allclose(linear.bias.detach(), expected[:, -1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("reconstruction", ["none", "bias"])
+def test_ridges_do_best_on_held_out_tokens(
+    make_model: Any, rank: Any, make_tokens: Any, capture: Any, reconstruction: str
+) -> None:
+    """Eight batches of two sequences of 16: the last is the one that the fits do not see."""
+    dense, small = _pruned(make_model, rank, "llama", reconstruction)
+    tokens, with_bias = make_tokens(16, 16), reconstruction == "bias"
+    before = [linear.weight.detach().clone().numpy() for linear in _outputs(small)]
+    chosen = refit(small, dense, family_of(dense)[0], tokens, batch_size=2)
+    blocks, seen = _blocks(capture, dense, small, tokens), 14 * 16
+    for (x, y), old, ridge in zip(
+        blocks, before, [r for pair in chosen for r in pair], strict=True
+    ):
+        rows = np.hstack([x, np.ones((len(x), 1))]) if with_bias else x
+        fits = [_direct(x[:seen], y[:seen], old, candidate, with_bias) for candidate in RIDGES]
+        errors = [float(((rows[seen:] @ fit.T - y[seen:]) ** 2).sum()) for fit in fits]
+        assert ridge == RIDGES[int(np.argmin(errors))]
 
 
 def test_one_batch_has_nothing_to_hold_out(make_model: Any, rank: Any, make_tokens: Any) -> None:
