@@ -24,7 +24,7 @@ from pruning.refit import refit
 from pruning.slicing import sliced
 from selfpruner.config import RunConfig
 from selfpruner.progress import Progress
-from selfpruner.workbench import Workbench, prepare
+from selfpruner.workbench import Workbench, prepare, quiet_libraries
 
 SHARE = 0.7
 METRIC = "wifv"
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--data-root", default=None)
     root = parser.parse_args().data_root
     torch.manual_seed(0)
+    quiet_libraries()
     texts = "passages" if root is None else "c4, wikitext2"
     cells = [
         {"texts": texts, "share": SHARE, "reconstruction": name, "refit": refitted}

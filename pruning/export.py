@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
 
 from pruning import modeling_pruned
 
@@ -35,7 +38,10 @@ def export(
             "AutoModelForCausalLM": f"{module}.{name}",
         }
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # what a full disk raises while weights are written
+        raise OSError(errno.EIO, str(error).splitlines()[0], str(folder)) from error
     tokenizer.save_pretrained(folder)
     if not is_stock(model):
         shutil.copyfile(str(modeling_pruned.__file__), folder / "modeling_pruned.py")

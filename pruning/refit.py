@@ -74,7 +74,8 @@ def refit(
     """Refit all output projections of `pruned` in place; return the ridges chosen per layer.
 
     Each ridge is the one of `RIDGES` (a share of the mean diagonal of E[x x']) with the least
-    error on one micro-batch in eight (the last one of fewer) that the fit does not see; the final solution uses all.
+    error on one micro-batch in eight (of fewer, the last) that the fit does not see; the final
+    solution uses all.
     """
     device = family.head(dense).device
     batches = [x.to(device) for x in tokens_BT.split(batch_size)]

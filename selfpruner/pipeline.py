@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,7 @@ def compress(config: RunConfig, folder: RunFolder, progress: Progress) -> Path:
     torch.manual_seed(config.seed)
     strategy = load_strategy(config.search.strategy) if _asks_llm(config) else None
     bench = prepare(config, progress)
+    _check_disk(bench, folder)
     prunable, errors = rank(bench, progress)
     score, selection, speed = _judges_of_plans(bench, prunable, progress)
     found = _search(bench, folder, score, speed, errors, strategy, progress)
@@ -62,6 +64,23 @@ def compress(config: RunConfig, folder: RunFolder, progress: Progress) -> Path:
     card = model_card(results, is_stock(pruned))
     (folder.model / "README.md").write_text(card, encoding="utf-8")
     return write_report(folder.path)
+
+
+def _check_disk(bench: Workbench, folder: RunFolder) -> None:
+    """Refuse a disk without room for the exported model, before anything is computed.
+
+    Raises:
+        ValueError: less is free than the largest model of the budget would take.
+    """
+    dtype: torch.dtype = getattr(torch, bench.config.export.dtype)
+    share = bench.budget.limit / bench.budget.dense if bench.budget.kind != "macs" else 1.0
+    weights = min(share, 1.0) * bench.architecture.block_parameters()
+    needed = (weights + bench.architecture.fixed_parameters(True)) * dtype.itemsize
+    free = shutil.disk_usage(folder.path).free
+    if free < needed:
+        raise ValueError(
+            f"{folder}: {free / 1e6:.0f} MB are free, the pruned model needs {needed / 1e6:.0f} MB"
+        )
 
 
 def _asks_llm(config: RunConfig) -> bool:

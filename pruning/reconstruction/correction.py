@@ -148,6 +148,7 @@ def _factor(moments_NN: Tensor, damping: float) -> Tensor:
     """
     for _ in range(12):
         moments_NN.diagonal().add_(damping)
+        factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(moments_NN)
         if not failed:
             return factor
