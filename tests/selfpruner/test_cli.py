@@ -164,7 +164,13 @@ def test_evaluate_takes_tasks_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     [(name, (model,), named)] = judge.calls
     assert (name, model) == ("evaluate_command", "m")
     assert named.pop("progress") is not None
-    expected = {"baseline": "d", "tasks": ("piqa", "boolq"), "samples": 5, "batch_size": 8}
+    expected = {
+        "baseline": "d",
+        "tasks": ["boolq", "piqa"],
+        "samples": 5,
+        "batch_size": 8,
+        "trust_remote_code": False,
+    }
     assert named == expected
     refused = run("evaluate", "m", "--tasks", "piqa,mmlu")
     assert refused.exit_code == 2
