@@ -10,4 +10,5 @@ def random(weight_ON: Tensor, statistics: BlockStatistics, seed: int) -> Tensor:
     """Return uniform scores in [0, 1) per input channel (N,), a function of `seed` alone."""
     del statistics
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(weight_ON.shape[1], generator=generator, dtype=torch.float64)
+    scores = torch.rand(weight_ON.shape[1], generator=generator, dtype=torch.float64)
+    return scores.to(weight_ON.device)
