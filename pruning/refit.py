@@ -2,8 +2,15 @@
 
 Layer by layer, inputs come from the already pruned and refitted prefix, the target is the dense
 model's residual stream: with g the pruned stream before a block, x the input of its output
-projection and r the dense stream after the block, (W, b) minimises
-E|g + W x + b - r|^2 + lambda |W - W_before|^2.
+projection, r the dense stream after the block and W_dense the dense columns of the kept channels,
+(W, b) minimises
+E|g + W x + b - r|^2 + lambda sum over channels j of E[x_j^2] |W_j - W_dense,j|^2.
+
+The ridge pulls towards the dense columns, not towards those of a correction: those were fitted to
+the same tokens once already, and starting from them does worse (EXPERIMENTS.md). So the refit
+takes the place of the correction that the search ran under. The weight of a channel makes the
+ridge blind to its scale: a few channels are enormous, and one lambda for all would leave them
+free or hold the others fast.
 
 Shapes: B sequences, T tokens, D hidden size, N input channels of an output projection.
 """
@@ -18,9 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from pruning.families import Family, run_attention, run_mlp
+from pruning.ranking import Order, head_rows
 from pruning.statistics import inputs_of
 
-RIDGES = (0.1, 1.0, 10.0)
+RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
+_DEAD = 1e-12  # least weight of a channel in the ridge, as a share of the mean weight
 
 
 @dataclass
@@ -66,6 +75,7 @@ def refit(
     pruned: nn.Module,
     dense: nn.Module,
     family: Family,
+    orders: Sequence[Order],
     tokens_BT: Tensor,
     *,
     batch_size: int = 8,
@@ -73,9 +83,10 @@ def refit(
 ) -> list[tuple[float, float]]:
     """Refit all output projections of `pruned` in place; return the ridges chosen per layer.
 
-    Each ridge is the one of `RIDGES` (a share of the mean diagonal of E[x x']) with the least
-    error on one micro-batch in eight (of fewer, the last) that the fit does not see; the final
-    solution uses all.
+    `orders` is the ranking that `pruned` was cut by, one a layer.
+
+    Each ridge is the one of `RIDGES` with the least error on one micro-batch in eight (of fewer,
+    the last) that the fit does not see; the final solution uses all.
     """
     device = family.head(dense).device
     batches = [x.to(device) for x in tokens_BT.split(batch_size)]
@@ -83,20 +94,34 @@ def refit(
     stream = [x.clone() for x in target]
     rotary = family.rotary(dense, target[0])
     ridges = []
-    layers = zip(family.layers(dense), family.layers(pruned), strict=True)
-    for index, (dense_layer, layer) in enumerate(layers):
+    layers = zip(family.layers(dense), family.layers(pruned), orders, strict=True)
+    for index, (dense_layer, layer, order) in enumerate(layers):
+        o_DN, down_DN = _dense_columns(dense_layer, layer, family, order)
         after = [run_attention(dense_layer, x, rotary) for x in target]
         target = [run_mlp(dense_layer, x) for x in after]
         attend = partial(run_attention, layer, rotary=rotary)
         inputs = _captured(layer.get_submodule(family.o), attend, stream)
-        first = _refit_output(layer.get_submodule(family.o), inputs, stream, after)
+        first = _refit_output(layer.get_submodule(family.o), o_DN, inputs, stream, after)
         stream = _applied(layer.get_submodule(family.o), inputs, stream)
         inputs = _captured(layer.get_submodule(family.down), partial(run_mlp, layer), stream)
-        second = _refit_output(layer.get_submodule(family.down), inputs, stream, target)
+        second = _refit_output(layer.get_submodule(family.down), down_DN, inputs, stream, target)
         stream = _applied(layer.get_submodule(family.down), inputs, stream)
         ridges.append((first, second))
         on_layer(index)
     return ridges
+
+
+def _dense_columns(
+    dense_layer: nn.Module, layer: nn.Module, family: Family, order: Order
+) -> tuple[Tensor, Tensor]:
+    """Return the dense columns of o and down that the cut layer keeps, in its order."""
+    dense, cut = dict(dense_layer.named_parameters()), dict(layer.named_parameters())
+    o, down = dense[f"{family.o}.weight"], dense[f"{family.down}.weight"]
+    queries, keys = len(cut[f"{family.q}.weight"]), len(cut[f"{family.k}.weight"])
+    head_dim = o.shape[1] // order.heads.numel()
+    heads = order.heads[: keys // head_dim, : queries // keys]
+    channels = order.channels[: cut[f"{family.down}.weight"].shape[1]]
+    return o[:, head_rows(heads, head_dim)], down[:, channels]
 
 
 def _captured(
@@ -116,7 +141,11 @@ def _applied(linear: nn.Module, inputs: Sequence[Tensor], stream: Sequence[Tenso
 
 
 def _refit_output(
-    linear: nn.Module, inputs: Sequence[Tensor], stream: Sequence[Tensor], target: Sequence[Tensor]
+    linear: nn.Module,
+    dense_DN: Tensor,
+    inputs: Sequence[Tensor],
+    stream: Sequence[Tensor],
+    target: Sequence[Tensor],
 ) -> float:
     """Solve for one output projection, write it back, return the ridge chosen."""
     weight = linear.weight
@@ -126,11 +155,11 @@ def _refit_output(
     for index, (x, before, after) in enumerate(zip(inputs, stream, target, strict=True)):
         held = index % 8 == 7 or (len(inputs) < 8 and len(inputs) > 1 and index == len(inputs) - 1)
         (held_out if held else fit).add(x, after - before)
-    before_W = weight.double()
+    anchor = dense_DN.double()
     if isinstance(bias, Tensor):
-        before_W = torch.cat([before_W, bias.double().unsqueeze(1)], dim=1)
-    ridge = _best_ridge(before_W, fit, held_out)
-    solution = ridge_towards(before_W, fit.merged(held_out), ridge)
+        anchor = torch.cat([anchor, bias.double().unsqueeze(1)], dim=1)
+    ridge = _best_ridge(anchor, fit, held_out)
+    solution = ridge_towards(anchor, fit.merged(held_out), ridge)
     if isinstance(bias, Tensor):
         bias.copy_(solution[:, -1])
         solution = solution[:, :-1]
@@ -138,25 +167,26 @@ def _refit_output(
     return ridge
 
 
-def _best_ridge(before_W: Tensor, fit: CrossMoments, held_out: CrossMoments) -> float:
+def _best_ridge(anchor: Tensor, fit: CrossMoments, held_out: CrossMoments) -> float:
     if held_out.count == 0:
-        return RIDGES[1]
-    return min(RIDGES, key=lambda ridge: error(ridge_towards(before_W, fit, ridge), held_out))
+        return RIDGES[len(RIDGES) // 2]
+    return min(RIDGES, key=lambda ridge: error(ridge_towards(anchor, fit, ridge), held_out))
 
 
-def ridge_towards(before_W: Tensor, moments: CrossMoments, ridge: float) -> Tensor:
-    """Return argmin_W E|W x - y|^2 + lambda |W - before_W|^2 in float64 (D, N [+ 1]).
+def ridge_towards(anchor: Tensor, moments: CrossMoments, ridge: float) -> Tensor:
+    """Return argmin_W E|W x - y|^2 + ridge sum_j E[x_j^2] |W_j - anchor_j|^2 in float64.
 
-    lambda = `ridge` times the mean diagonal of E[x x']; the bias column is not damped.
+    Shape (D, N [+ 1]); the bias column is not damped.
     """
     xx, yx, _ = moments.means()
-    num_inputs = xx.shape[0] - moments.with_bias
-    damping = ridge * float(xx.diagonal()[:num_inputs].mean())
+    inputs = slice(0, xx.shape[0] - moments.with_bias)
+    weights = xx.diagonal()[inputs].clone()
+    least = _DEAD * float(weights.mean())
     system = xx.clone()
-    system.diagonal()[:num_inputs] += damping if damping > 0 else ridge
-    residual = yx - before_W @ xx
+    system.diagonal()[inputs] += ridge * weights.clamp_min(least if least > 0 else 1.0)
+    residual = yx - anchor @ xx
     step = torch.cholesky_solve(residual.T, torch.linalg.cholesky(system)).T
-    return before_W + step
+    return anchor + step
 
 
 def error(weight: Tensor, moments: CrossMoments) -> float:

@@ -40,6 +40,7 @@ def finish(
             model,
             bench.model,
             bench.family,
+            prunable.orders(plan),
             bench.texts.calibrate,
             batch_size=bench.config.evaluation.batch_size,
             on_layer=lambda _: advance(),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pruning.families import family_of
 from pruning.plan import Plan
+from pruning.ranking import Order
 from pruning.refit import RIDGES, CrossMoments, error, refit, ridge_towards
 from pruning.slicing import sliced
 
@@ -38,9 +39,8 @@ def _moments(x: Array, y: Array, with_bias: bool) -> CrossMoments:
 
 def _direct(x: Array, y: Array, before: Array, ridge: float, with_bias: bool) -> Array:
     """Ordinary least squares with the damping as extra rows; a bias column has no such row."""
-    damping = math.sqrt(ridge * float((x * x).mean()))
     scale = math.sqrt(len(x))
-    pull = damping * np.eye(x.shape[1])
+    pull = np.diag(np.sqrt(ridge * (x * x).mean(0)))
     goal = pull @ before[:, : x.shape[1]].T
     if with_bias:
         x = np.hstack([x, np.ones((len(x), 1))])
@@ -62,6 +62,23 @@ def test_ridge_towards_is_the_direct_solution(ridge: float, with_bias: bool) -> 
     found = ridge_towards(before, _moments(x, y, with_bias), ridge)
     expected = _direct(x, y, weight, ridge, with_bias)
     assert np.allclose(found.numpy(), expected, rtol=1e-8, atol=1e-8)
+
+
+def test_the_ridge_is_blind_to_the_scale_of_a_channel() -> None:
+    x, y, weight = _data()
+    scales = np.array([1e-3, 1.0, 50.0, 1.0, 1.0, 2.0])
+    plain = ridge_towards(torch.tensor(weight), _moments(x, y, False), 0.3).numpy()
+    found = ridge_towards(torch.tensor(weight / scales), _moments(x * scales, y, False), 0.3)
+    assert np.allclose(found.numpy() * scales, plain, rtol=1e-9, atol=1e-9)
+
+
+def test_a_dead_channel_keeps_its_weight() -> None:
+    x, y, weight = _data()
+    x[:, 2] = 0.0
+    found = ridge_towards(torch.tensor(weight), _moments(x, y, False), 0.3).numpy()
+    assert np.array_equal(found[:, 2], weight[:, 2])
+    still = ridge_towards(torch.tensor(weight), _moments(0 * x, y, False), 0.3).numpy()
+    assert np.array_equal(still, weight)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -100,9 +117,12 @@ def test_merged_moments_are_those_of_all_tokens() -> None:
         assert merged.means()[2] == pytest.approx(whole.means()[2])
 
 
-def _pruned(make_model: Any, rank: Any, family: str, reconstruction: str) -> tuple[Any, Any]:
+def _pruned(
+    make_model: Any, rank: Any, family: str, reconstruction: str, unit: str = "kv_group"
+) -> tuple[Any, Any, list[Order]]:
     dense = make_model(family)
-    return dense, sliced(rank(dense, reconstruction), UNEVEN)
+    elastic = rank(dense, reconstruction, unit)
+    return dense, sliced(elastic, UNEVEN), elastic.orders(UNEVEN)
 
 
 def _stream_errors(capture: Any, dense: Any, small: Any, tokens: Tensor) -> list[float]:
@@ -118,12 +138,14 @@ def _stream_errors(capture: Any, dense: Any, small: Any, tokens: Tensor) -> list
 def test_refit_repairs_the_residual_stream(
     make_model: Any, rank: Any, make_tokens: Any, capture: Any, family: str, reconstruction: str
 ) -> None:
-    dense, small = _pruned(make_model, rank, family, reconstruction)
+    dense, small, orders = _pruned(make_model, rank, family, reconstruction)
     tokens = make_tokens(16, 16)
     before = _stream_errors(capture, dense, small, tokens)
     names = set(dict(small.named_parameters()))
     seen: list[int] = []
-    ridges = refit(small, dense, family_of(dense)[0], tokens, batch_size=2, on_layer=seen.append)
+    ridges = refit(
+        small, dense, family_of(dense)[0], orders, tokens, batch_size=2, on_layer=seen.append
+    )
     after = _stream_errors(capture, dense, small, tokens)
     assert all(late < early for late, early in zip(after, before, strict=True))
     assert set(dict(small.named_parameters())) == names
@@ -132,10 +154,10 @@ def test_refit_repairs_the_residual_stream(
 
 
 def test_only_output_projections_change(make_model: Any, rank: Any, make_tokens: Any) -> None:
-    dense, small = _pruned(make_model, rank, "qwen2", "bias")
+    dense, small, orders = _pruned(make_model, rank, "qwen2", "bias")
     before = {name: x.clone() for name, x in small.named_parameters()}
     dense_before = {name: x.clone() for name, x in dense.named_parameters()}
-    refit(small, dense, family_of(dense)[0], make_tokens(16, 16), batch_size=2)
+    refit(small, dense, family_of(dense)[0], orders, make_tokens(16, 16), batch_size=2)
     for name, parameter in small.named_parameters():
         is_output = "o_proj" in name or "down_proj" in name
         assert torch.equal(parameter, before[name]) != is_output, name
@@ -147,7 +169,11 @@ def test_only_output_projections_change(make_model: Any, rank: Any, make_tokens:
 def test_a_dense_copy_stays_put(make_model: Any, make_tokens: Any, fields: dict[str, Any]) -> None:
     dense = make_model("llama", **fields)
     copied = copy.deepcopy(dense)
-    refit(copied, dense, family_of(dense)[0], make_tokens(16, 16), batch_size=2)
+    family, architecture = family_of(dense)
+    heads = torch.arange(architecture.heads).view(architecture.kv_heads, -1)
+    groups, channels = torch.arange(architecture.kv_heads), torch.arange(architecture.mlp)
+    orders = [Order(groups, heads, channels)] * architecture.layers
+    refit(copied, dense, family, orders, make_tokens(16, 16), batch_size=2)
     for one, other in zip(copied.parameters(), dense.parameters(), strict=True):
         assert torch.allclose(one, other, rtol=0, atol=1e-6)
 
@@ -174,10 +200,10 @@ def test_every_block_is_the_direct_solution(
     make_model: Any, rank: Any, make_tokens: Any, capture: Any, reconstruction: str
 ) -> None:
     """On the inputs and the stream of the refitted prefix, with the dense stream as the goal."""
-    dense, small = _pruned(make_model, rank, "llama", reconstruction)
+    dense, small, orders = _pruned(make_model, rank, "llama", reconstruction)
     tokens, with_bias = make_tokens(16, 16), reconstruction == "bias"
     before = [linear.weight.detach().clone().numpy() for linear in _outputs(small)]
-    chosen = refit(small, dense, family_of(dense)[0], tokens, batch_size=2)
+    chosen = refit(small, dense, family_of(dense)[0], orders, tokens, batch_size=2)
     ridges = [ridge for pair in chosen for ridge in pair]
     blocks = _blocks(capture, dense, small, tokens)
     for linear, (x, y), old, ridge in zip(_outputs(small), blocks, before, ridges, strict=True):
@@ -188,15 +214,29 @@ def test_every_block_is_the_direct_solution(
             assert np.allclose(linear.bias.detach(), expected[:, -1], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("unit", ["kv_group", "query_head"])
+def test_the_refit_takes_the_place_of_the_correction(
+    make_model: Any, rank: Any, make_tokens: Any, unit: str
+) -> None:
+    """The ridge pulls towards the dense columns, whichever correction came before."""
+    models = []
+    for reconstruction in ("bias", "least_squares"):
+        dense, small, orders = _pruned(make_model, rank, "qwen3", reconstruction, unit)
+        refit(small, dense, family_of(dense)[0], orders, make_tokens(16, 16), batch_size=2)
+        models.append(small)
+    for one, other in zip(*(x.parameters() for x in models), strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("reconstruction", ["none", "bias"])
 def test_ridges_do_best_on_held_out_tokens(
     make_model: Any, rank: Any, make_tokens: Any, capture: Any, reconstruction: str
 ) -> None:
     """Eight batches of two sequences of 16: the last is the one that the fits do not see."""
-    dense, small = _pruned(make_model, rank, "llama", reconstruction)
+    dense, small, orders = _pruned(make_model, rank, "llama", reconstruction)
     tokens, with_bias = make_tokens(16, 16), reconstruction == "bias"
     before = [linear.weight.detach().clone().numpy() for linear in _outputs(small)]
-    chosen = refit(small, dense, family_of(dense)[0], tokens, batch_size=2)
+    chosen = refit(small, dense, family_of(dense)[0], orders, tokens, batch_size=2)
     blocks, seen = _blocks(capture, dense, small, tokens), 14 * 16
     for (x, y), old, ridge in zip(
         blocks, before, [r for pair in chosen for r in pair], strict=True
@@ -208,6 +248,6 @@ def test_ridges_do_best_on_held_out_tokens(
 
 
 def test_one_batch_has_nothing_to_hold_out(make_model: Any, rank: Any, make_tokens: Any) -> None:
-    dense, small = _pruned(make_model, rank, "llama", "bias")
-    ridges = refit(small, dense, family_of(dense)[0], make_tokens(4, 16), batch_size=8)
-    assert ridges == [(RIDGES[1], RIDGES[1])] * 3
+    dense, small, orders = _pruned(make_model, rank, "llama", "bias")
+    ridges = refit(small, dense, family_of(dense)[0], orders, make_tokens(4, 16), batch_size=8)
+    assert ridges == [(0.3, 0.3)] * 3
