@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,8 +41,6 @@ def errors(context: SearchContext) -> NDArray[np.int64]:
 
 def sensitivity(context: SearchContext) -> str:
     """Return one row of errors a layer."""
-    if not _shows(context, "sensitivity"):
-        return "not measured"
     rows = errors(context)
     if context.settings.granularity == "layer":
         return "\n".join(["layer,error", *(f"{i},{max(a, m)}" for i, (a, m) in enumerate(rows))])
@@ -87,18 +84,6 @@ def header(context: SearchContext, candidate: Candidate) -> str:
     return f"plan {candidate.id}: {', '.join(parts)}"
 
 
-def differences(context: SearchContext, candidates: Sequence[Candidate], base: Levels) -> str:
-    """Return one line a candidate: header and its largest changes against `base`."""
-    return "\n".join(f"{header(context, x)}; {_changes(context, x, base)}" for x in candidates)
-
-
-def full(context: SearchContext, candidates: Sequence[Candidate]) -> str:
-    """Return header and vectors of every candidate."""
-    return "\n".join(
-        f"{header(context, x)}\n{vectors(context, levels(context, x))}" for x in candidates
-    )
-
-
 def rows_that_differ(context: SearchContext, first: Levels, second: Levels) -> str:
     """Return the units kept in both plans for every layer where they differ."""
     head = "layer,attention in first,mlp in first,attention in second,mlp in second"
@@ -115,9 +100,8 @@ def levels(context: SearchContext, candidate: Candidate) -> Levels:
     return context.grid.levels(candidate.plan)
 
 
-def _changes(context: SearchContext, candidate: Candidate, base: Levels) -> str:
-    """Return the largest changes, shares compared: `a3+1 m5-2`."""
-    here = levels(context, candidate)
+def changes(context: SearchContext, here: Levels, base: Levels) -> str:
+    """Return the largest changes of `here` against `base`, shares compared: `a3+1 m5-2`."""
     gaps = context.space.shares(here) - context.space.shares(base)
     order = sorted(np.argwhere(gaps).tolist(), key=lambda x: (-abs(gaps[x[0], x[1]]), x))
     words = [f"{'am'[b]}{i}{here[i][b] - base[i][b]:+d}" for i, b in order[:_CHANGES]]

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from agent.ledger import Ledger
+from agent.ledger import Charge, Ledger
 from agent.settings import SearchSettings
 
 
-@dataclass(frozen=True)
+@dataclass
 class Spending:
     """Limits of a search against its ledger.
 
     Attributes:
-        settings: limits on evaluations, tokens and seconds.
+        settings: limits on evaluations, calls, tokens, money and seconds.
         ledger: what was spent, also by an earlier process of the same run.
         clock: seconds that only grow.
         started: the clock when this process began.
@@ -32,30 +32,22 @@ class Spending:
         cls, settings: SearchSettings, ledger: Ledger, clock: Callable[[], float]
     ) -> Spending:
         """Return the spending from now on; what the ledger holds was spent earlier."""
-        earlier = sum(x.seconds for x in ledger.candidates()) + sum(
-            x.seconds for x in ledger.lines()
-        )
-        return cls(settings, ledger, clock, clock(), earlier)
+        return cls(settings, ledger, clock, clock())
 
     @property
     def seconds(self) -> float:
-        """Seconds spent, those of earlier processes as far as the ledger knows them."""
+        """Seconds spent, those of earlier processes included."""
         return self.earlier + self.clock() - self.started
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the limit on seconds is reached."""
+        return self.settings.seconds is not None and self.seconds >= self.settings.seconds
 
     @property
     def evaluations(self) -> int:
         """Distinct plans scored."""
         return len(self.ledger.candidates())
-
-    @property
-    def llm_calls(self) -> int:
-        """Replies paid for."""
-        return sum(1 for x in self.ledger.lines() if x.reply is not None)
-
-    @property
-    def llm_tokens(self) -> int:
-        """Prompt and reply tokens paid for."""
-        return sum(x.tokens for x in self.ledger.lines())
 
     def evaluations_left(self, generation: int, pending: int) -> int:
         """Return how many more plans this generation may propose when `pending` wait for scores."""
@@ -64,9 +56,40 @@ class Spending:
 
     def reached(self) -> str | None:
         """Return which limit ends the search, or None."""
-        limits = self.settings
-        if self.evaluations >= limits.evaluations:
+        if self.evaluations >= self.settings.evaluations:
             return "evaluations"
-        if limits.seconds is not None and self.seconds >= limits.seconds:
-            return "seconds"
+        for line in self.ledger.lines():
+            if line.is_skipped:
+                return line.outcome.rpartition(".")[2]
+        return "seconds" if self.is_late else None
+
+    def purse(self, generation: int, operator: str) -> Purse:
+        """Return what this operator of this generation may spend on calls."""
+        return Purse(self.settings, self.ledger.charged(generation, operator))
+
+
+class Purse:
+    """Calls, tokens and money: what is spent, and the worst case of what is under way.
+
+    Both together never pass a limit, so a call that was let go can always be paid.
+    """
+
+    def __init__(self, limits: SearchSettings, spent: Charge) -> None:
+        """Begin with what was spent before."""
+        self._limits, self._spent = limits, spent
+        self._reserved: dict[int, Charge] = {}
+
+    def reserve(self, key: int, worst: Charge) -> str | None:
+        """Set aside the worst case of call `key`, or return the limit that it might pass."""
+        total = sum(self._reserved.values(), self._spent) + worst
+        for name in ("calls", "tokens", "cost"):
+            limit = getattr(self._limits, name)
+            if limit is not None and getattr(total, name) > limit:
+                return name
+        self._reserved[key] = worst
         return None
+
+    def settle(self, key: int, charge: Charge) -> None:
+        """Put what call `key` did cost in the place of its worst case."""
+        self._reserved.pop(key, None)
+        self._spent += charge

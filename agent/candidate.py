@@ -18,6 +18,7 @@ class Candidate:
     Attributes:
         id: number of the candidate in this run, from 0 in the order of scoring.
         generation: 0 for the first one.
+        slot: its place among the proposals of its generation, that of its calls of the LLM.
         operator: generate, crossover, mutate, or the name of an allocator without a search.
         origin: who made it in the end.
         parents: ids.
@@ -32,6 +33,7 @@ class Candidate:
 
     id: int
     generation: int
+    slot: int
     operator: str
     origin: Origin
     parents: tuple[int, ...]

@@ -1,19 +1,21 @@
-"""Questions to the driver: one batch, strict reading, one repair round, every attempt logged."""
+"""Questions to the driver: one batch, strict reading, one repair round, every call logged."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
+from langgraph.config import get_stream_writer
 
 from agent.briefing import common
-from agent.drivers.driver import Message, Request
-from agent.ledger import LlmLine
-from agent.parse import ReplyError, Schema
+from agent.budget import Purse
+from agent.drivers.driver import Completion, DriverError, Message, Place, Request
+from agent.ledger import Charge, LlmLine
+from agent.parse import ReplyError, Schema, clean
 from agent.state import SearchContext
 
 T = TypeVar("T")
@@ -23,15 +25,11 @@ _TEMPLATE_TOKENS = 64  # at most what a chat template adds to a prompt
 _SEED_STREAM = 7_919  # keeps the driver's seeds apart from the classical operators'
 
 
-class DuplicateError(Exception):
-    """The reply is in order, but its plan is known already; asking again would not help."""
-
-
 @dataclass(frozen=True)
 class Question(Generic[T]):
     """One slot's prompt, the schema of its reply and how to read it.
 
-    `interpret` raises ReplyError for a reply to be repaired, DuplicateError for one to be dropped.
+    `interpret` depends on the reply alone and raises ReplyError for one to be repaired.
     """
 
     slot: int
@@ -43,11 +41,20 @@ class Question(Generic[T]):
 
 @dataclass(frozen=True)
 class Answer(Generic[T]):
-    """What a question came to: a value or None, over all attempts."""
+    """What a question came to, over all attempts; `asked` is False where a limit forbade it."""
 
     value: T | None = None
     repaired: bool = False
     tokens: int = 0
+    asked: bool = True
+
+
+@dataclass(frozen=True)
+class Reading(Generic[T]):
+    """What a reply says: a value, or what is wrong with it."""
+
+    value: T | None = None
+    problem: str | None = None
 
 
 def ask(
@@ -55,93 +62,170 @@ def ask(
 ) -> list[Answer[T]]:
     """Return an answer to each question, all of one operator, after at most one repair each.
 
-    The limit on tokens is never passed: an attempt that might pass it is skipped.
+    No limit is ever passed: a call that might pass one is skipped. Each call is in the ledger as
+    soon as it ends.
+
+    Raises:
+        DriverError: all drivers gave up and `driver.when_down` is stop.
     """
     answers: list[Answer[T]] = [Answer() for _ in questions]
     if not questions:
         return answers
-    spent = context.ledger.tokens_before(generation, questions[0].operator)
+    purse = context.spending.purse(generation, questions[0].operator)
     waiting = dict(enumerate(questions))
     for attempt in (0, 1):
-        affordable = _affordable(context, waiting, spent)
-        _log_skipped(context, generation, attempt, waiting, affordable)
-        lines = _attempts(context, generation, attempt, affordable)
+        calls = _Calls(context, purse, generation, attempt, waiting)
+        calls.make()
         waiting = {}
-        for i, line in lines.items():
-            tokens = answers[i].tokens + line.tokens
-            spent += line.tokens
-            reading = _read(questions[i], line)
-            value, outcome, repair = reading
-            _log(context, replace(line, outcome=outcome))
-            answers[i] = Answer(value, attempt == 1, tokens)
-            if repair is not None:
-                waiting[i] = _repair(context, questions[i], line, repair)
+        for i, line in sorted(calls.replies.items()):
+            reading: Reading[T] = _read(questions[i], line.reply or "")
+            tokens = answers[i].tokens + calls.tokens[i]
+            answers[i] = Answer(reading.value, attempt == 1, tokens)
+            if reading.problem is not None:
+                waiting[i] = _repair(context, questions[i], line, reading.problem)
+        for i in calls.skipped:
+            tokens = answers[i].tokens + calls.tokens[i]
+            answers[i] = Answer(tokens=tokens, asked=attempt == 1)
     return answers
 
 
-def _read(question: Question[T], line: LlmLine) -> tuple[T | None, str, str | None]:
-    """Return the value, the outcome and, where a repair may help, what is wrong."""
-    try:
-        return question.interpret(line.reply or ""), "accepted", None
-    except DuplicateError as error:
-        return None, f"duplicate: {error}", None
-    except ReplyError as error:
-        return None, f"invalid: {error}", str(error)
+class _Calls(Generic[T]):
+    """The calls of one attempt: known ones from the ledger, the others by the driver."""
 
+    def __init__(
+        self,
+        context: SearchContext,
+        purse: Purse,
+        generation: int,
+        attempt: int,
+        questions: dict[int, Question[T]],
+    ) -> None:
+        self.context, self.purse, self.questions = context, purse, questions
+        self.generation, self.attempt = generation, attempt
+        self.replies: dict[int, LlmLine] = {}
+        self.skipped: set[int] = set()
+        self.tokens = dict.fromkeys(questions, 0)
 
-def _attempts(
-    context: SearchContext, generation: int, attempt: int, questions: dict[int, Question[T]]
-) -> dict[int, LlmLine]:
-    """Return one line a question; replies that the ledger has are taken from there."""
-    lines: dict[int, LlmLine] = {}
-    fresh: list[int] = []
-    for i, question in questions.items():
-        digest = _digest(question.messages)
-        known = context.ledger.reply(generation, question.slot, attempt, digest)
-        if known is not None and known.reply is not None:
-            lines[i] = known
-        else:
-            fresh.append(i)
-    requests = [_request(context, generation, attempt, questions[i]) for i in fresh]
-    if requests:
-        if context.driver is None:
+    def make(self) -> None:
+        """Make the calls that may be made and are not on file."""
+        for i in self.questions:
+            for line in self._on_file(i):
+                self._count(i, line)
+        fresh = [i for i in self.questions if i not in self.replies and self._reserve(i)]
+        try:
+            for completion in self._completions(fresh):
+                i = fresh[completion.request]
+                self._log(self._line(i, completion))
+                self._count(i, self._on_file(i)[-1])
+        except DriverError as error:
+            if self.context.driver_settings.when_down == "stop":
+                raise
+            get_stream_writer()({"kind": "down", "reason": str(error)})
+
+    def _completions(self, fresh: list[int]) -> Iterator[Completion]:
+        """Yield the tries of the driver at the questions `fresh`."""
+        if not fresh:
+            return
+        if self.context.driver is None:
             raise ValueError("search.allocator: llm needs a driver, driver.kind is none")
-        for i, completion in zip(fresh, context.driver.complete(requests), strict=True):
-            question = questions[i]
-            lines[i] = LlmLine(
-                generation=generation,
-                slot=question.slot,
-                operator=question.operator,
-                attempt=attempt,
-                prompt_hash=_digest(question.messages),
-                messages=question.messages,
-                reply=completion.text,
-                tokens=completion.prompt_tokens + completion.completion_tokens,
-                seconds=completion.seconds,
-                outcome="",
-            )
-    return dict(sorted(lines.items()))
+        requests = [self._request(self.questions[i]) for i in fresh]
+        yield from self.context.driver.complete(requests, lambda r: self._reserve(fresh[r]))
+
+    def _reserve(self, i: int) -> bool:
+        """Set aside the worst case of a call, or log that it is skipped."""
+        if i in self.skipped:
+            return False
+        limit = self.purse.reserve(i, _worst(self.context, self.questions[i]))
+        if limit is None and self.context.spending.is_late:
+            limit = "seconds"
+        if limit is None:
+            return True
+        self.skipped.add(i)
+        nothing = Completion(i, None, 0, 0, 0.0, "")
+        self._log(replace(self._line(i, nothing), outcome=f"skipped: search.{limit}"))
+        return False
+
+    def _on_file(self, i: int) -> Sequence[LlmLine]:
+        question = self.questions[i]
+        digest = _digest(question.messages)
+        return self.context.ledger.attempts(self.generation, question.slot, self.attempt, digest)
+
+    def _count(self, i: int, line: LlmLine) -> None:
+        """Charge a call and keep its reply."""
+        if line.is_skipped:
+            self.skipped.add(i)
+            return
+        self.purse.settle(i, line.charge)
+        self.tokens[i] += line.tokens
+        if line.reply is not None:
+            self.replies[i] = line
+
+    def _log(self, line: LlmLine) -> None:
+        self.context.ledger.add_line(line)
+        get_stream_writer()(
+            {
+                "kind": "llm",
+                "generation": line.generation,
+                "slot": line.slot,
+                "operator": line.operator,
+                "attempt": line.attempt,
+                "tokens": line.tokens,
+                "outcome": line.outcome,
+            }
+        )
+
+    def _request(self, question: Question[T]) -> Request:
+        place = Place(self.generation, question.slot, question.operator, self.attempt)
+        key = (self.context.seed, self.generation, question.slot, _SEED_STREAM, self.attempt)
+        return Request(
+            place=place,
+            messages=question.messages,
+            schema=question.schema,
+            max_tokens=self.context.driver_settings.max_tokens,
+            temperature=self.context.driver_settings.temperature,
+            seed=int(np.random.default_rng(key).integers(2**31)),
+        )
+
+    def _line(self, i: int, completion: Completion) -> LlmLine:
+        """Return the line of a call; its outcome depends on the reply alone."""
+        question, reply = self.questions[i], completion.text
+        if reply is None:
+            outcome = f"failed: {completion.failure}"
+        else:
+            reply = clean(reply)
+            problem = _read(question, reply).problem
+            outcome = "accepted" if problem is None else f"invalid: {problem}"
+        return LlmLine(
+            generation=self.generation,
+            slot=question.slot,
+            operator=question.operator,
+            attempt=self.attempt,
+            call=len(self._on_file(i)),
+            prompt_hash=_digest(question.messages),
+            messages=question.messages,
+            reply=reply,
+            tokens=completion.tokens,
+            estimated=completion.estimated,
+            cost=completion.cost,
+            seconds=completion.seconds,
+            model=completion.model,
+            outcome=outcome,
+        )
 
 
-def _request(
-    context: SearchContext, generation: int, attempt: int, question: Question[T]
-) -> Request:
-    key = (context.seed, generation, question.slot, _SEED_STREAM, attempt)
-    return Request(
-        messages=question.messages,
-        schema=question.schema,
-        max_tokens=context.driver_settings.max_tokens,
-        temperature=context.driver_settings.temperature,
-        seed=int(np.random.default_rng(key).integers(2**31)),
-    )
+def _read(question: Question[T], reply: str) -> Reading[T]:
+    try:
+        return Reading(question.interpret(reply))
+    except ReplyError as error:
+        return Reading(problem=str(error))
 
 
 def _repair(
-    context: SearchContext, question: Question[T], line: LlmLine, error: str
+    context: SearchContext, question: Question[T], line: LlmLine, problem: str
 ) -> Question[T]:
     """Return the question again, with the bad reply and what is wrong with it."""
     assert context.strategy is not None
-    values = {**common(context), "error": error, "example": ""}
+    values = {**common(context), "error": problem, "example": ""}
     reply = (line.reply or "")[:_QUOTED] or "(nothing)"
     added = (
         {"role": "assistant", "content": reply},
@@ -150,55 +234,15 @@ def _repair(
     return replace(question, messages=question.messages + added)
 
 
-def _affordable(
-    context: SearchContext, questions: dict[int, Question[T]], spent: int
-) -> dict[int, Question[T]]:
-    """Return the first questions whose worst case stays within the limit on tokens."""
-    limit = context.settings.tokens
-    if limit is None:
-        return questions
-    result: dict[int, Question[T]] = {}
-    for i, question in questions.items():
-        # A token is at least one byte of the prompt, so bytes bound tokens from above.
-        prompt = sum(len(m["content"].encode()) for m in question.messages)
-        spent += prompt + _TEMPLATE_TOKENS + context.driver_settings.max_tokens
-        if spent > limit:
-            break
-        result[i] = question
-    return result
+def _worst(context: SearchContext, question: Question[T]) -> Charge:
+    """Return the most that one call can cost.
 
-
-def _log_skipped(
-    context: SearchContext,
-    generation: int,
-    attempt: int,
-    questions: dict[int, Question[T]],
-    affordable: dict[int, Question[T]],
-) -> None:
-    for i, question in questions.items():
-        if i not in affordable:
-            digest = _digest(question.messages)
-            place = (generation, question.slot, question.operator, attempt, digest)
-            outcome = "skipped: it might pass search.tokens"
-            _log(context, LlmLine(*place, question.messages, None, 0, 0.0, outcome))
-
-
-def _log(context: SearchContext, line: LlmLine) -> None:
-    """Write the line unless an earlier process did."""
-    if context.ledger.reply(line.generation, line.slot, line.attempt, line.prompt_hash):
-        return
-    context.ledger.add_line(line)
-    context.on_event(
-        {
-            "kind": "llm",
-            "generation": line.generation,
-            "slot": line.slot,
-            "operator": line.operator,
-            "attempt": line.attempt,
-            "tokens": line.tokens,
-            "outcome": line.outcome,
-        }
-    )
+    A token is at least one byte of the prompt, so bytes bound tokens from above.
+    """
+    prompt = sum(len(m["content"].encode()) for m in question.messages) + _TEMPLATE_TOKENS
+    reply = context.driver_settings.max_tokens
+    cost = max(x.price.of(prompt, reply) for x in context.driver_settings.chain)
+    return Charge(1, prompt + reply, cost)
 
 
 def _digest(messages: Sequence[Message]) -> str:

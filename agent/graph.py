@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import sqlite3
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.sqlite import SqliteSaver
+from langgraph.errors import GraphDrained
 from langgraph.graph import END, START, StateGraph
+from langgraph.graph.state import CompiledStateGraph
+from langgraph.runtime import RunControl
+from langgraph.types import RetryPolicy
 
-from agent import allocators, nodes
+from agent import nodes
 from agent.candidate import Candidate
-from agent.operators import Proposal
-from agent.projection import Levels
-from agent.questions import Slot
 from agent.state import SearchContext, SearchState
 
+Event = dict[str, Any]
+SearchGraph = StateGraph[SearchState, SearchContext, SearchState, SearchState]
+Runnable = CompiledStateGraph[SearchState, SearchContext, SearchState, SearchState]
+
 _THREAD: RunnableConfig = {"configurable": {"thread_id": "search"}}
+
+# Drivers retry their calls; whatever else fails in a node would fail again.
+_ONCE = RetryPolicy(max_attempts=1, retry_on=())
+
+
+class SearchDrainedError(Exception):
+    """The search was asked to stop and did so between two steps; calling again resumes it."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +45,14 @@ class SearchResult:
         finalists: the best ones, `best` first, for scoring on fresh tokens.
         generations: `{generation, best_fitness, accuracy, speedup}` of each generation's best.
         evaluations: distinct plans scored.
-        llm_calls, llm_tokens: paid for, repairs and prompts included.
+        llm_calls, llm_tokens, llm_cost: paid for, repairs, failed calls and prompts included.
+        llm_failures: calls that brought no reply.
+        duplicates: replies in order whose plan was known already.
         fallbacks: candidates that the LLM was asked for and the classical operator made.
         origins: candidates per origin.
         seconds: time spent, resumed parts included.
-        stopped: evaluations, seconds, no new plans, or no search.
+        stopped: the limit reached (evaluations, calls, tokens, cost or seconds), no new plans,
+            or no search.
     """
 
     best: Candidate
@@ -46,15 +61,19 @@ class SearchResult:
     evaluations: int
     llm_calls: int
     llm_tokens: int
+    llm_cost: float
+    llm_failures: int
+    duplicates: int
     fallbacks: int
     origins: dict[str, int]
     seconds: float
     stopped: str
 
 
-def build_graph() -> StateGraph[SearchState, SearchContext, SearchState, SearchState]:
+def build_graph() -> SearchGraph:
     """Return the uncompiled search graph."""
-    graph = StateGraph(SearchState, context_schema=SearchContext)
+    graph: SearchGraph = StateGraph(SearchState, context_schema=SearchContext)
+    graph.set_node_defaults(retry_policy=_ONCE)
     graph.add_node("generate", nodes.generate)
     graph.add_node("evaluate", nodes.evaluate)
     graph.add_node("record", nodes.record)
@@ -64,83 +83,103 @@ def build_graph() -> StateGraph[SearchState, SearchContext, SearchState, SearchS
     graph.add_edge(START, "generate")
     graph.add_edge("generate", "evaluate")
     graph.add_edge("evaluate", "record")
-    graph.add_conditional_edges("record", goes_on, {"yes": "select", "no": END})
+    graph.add_conditional_edges("record", goes_on, {"budget left": "select", "budget spent": END})
     graph.add_edge("select", "crossover")
     graph.add_edge("crossover", "mutate")
     graph.add_edge("mutate", "evaluate")
     return graph
 
 
-def goes_on(state: SearchState) -> Literal["yes", "no"]:
-    """Return whether the budget is left."""
-    return "no" if state["stopped"] else "yes"
+def goes_on(state: SearchState) -> Literal["budget left", "budget spent"]:
+    """Return whether the search goes on."""
+    return "budget spent" if state["stopped"] else "budget left"
 
 
-def run_search(context: SearchContext, checkpoint_path: Path) -> SearchResult:
+def graph() -> Runnable:
+    """Return the graph as `langgraph dev` opens it; the server brings the checkpoints."""
+    return build_graph().compile(name="search")
+
+
+def picture() -> str:
+    """Return the graph as a mermaid drawing, as the README shows it."""
+    return graph().get_graph().draw_mermaid(with_styles=False).strip()
+
+
+def run_search(
+    context: SearchContext,
+    checkpoint_path: Path,
+    *,
+    on_event: Callable[[Event], None] = lambda _: None,
+    control: RunControl | None = None,
+) -> SearchResult:
     """Return the outcome of the search, which starts or goes on where it stood.
 
-    The allocators uniform, uniform_mlp and heuristic score their one plan. A KeyboardInterrupt
-    passes through; all that was scored is in the ledger, and calling again resumes.
+    Args:
+        context: the search's handles.
+        checkpoint_path: SQLite file; with the ledger of the context, all that a resume needs.
+        on_event: told of every candidate, generation and call of the LLM.
+        control: asks for a stop between two steps.
 
     Raises:
         ValueError: the llm allocator lacks a driver or a strategy.
+        SearchDrainedError: `control` asked for the stop.
+        DriverError: all drivers gave up.
     """
-    context.spending  # noqa: B018  the clock starts here
-    fixed = _fixed(context)
-    if fixed is not None:
-        stopped = _score_fixed(context, fixed)
-    else:
-        if context.settings.allocator == "llm" and (not context.driver or not context.strategy):
-            raise ValueError("search.allocator: llm needs a driver and a strategy, driver is none")
-        stopped = _run_graph(context, checkpoint_path)
+    if context.settings.allocator == "llm" and (not context.driver or not context.strategy):
+        raise ValueError("search.allocator: llm needs a driver and a strategy, driver is none")
+    with closing(sqlite3.connect(checkpoint_path, check_same_thread=False)) as connection:
+        runnable = build_graph().compile(checkpointer=SqliteSaver(connection), name="search")
+        stopped = _run(runnable, context, on_event, control)
     return _result(context, stopped)
 
 
-def _run_graph(context: SearchContext, checkpoint_path: Path) -> str:
+def _run(
+    runnable: Runnable,
+    context: SearchContext,
+    on_event: Callable[[Event], None],
+    control: RunControl | None,
+) -> str:
     """Run the graph to its end and return why it stopped."""
-    first: SearchState = {
+    # Six steps a generation, and every generation but the last scores a plan.
+    config: RunnableConfig = {**_THREAD, "recursion_limit": 10 + 6 * context.settings.evaluations}
+    here = runnable.get_state(config)
+    context.spending.earlier = here.values.get("seconds", 0.0)
+    # Not `here.next`: it is also empty where a node ended but its step did not.
+    if not here.values.get("stopped"):
+        stream = runnable.stream(
+            None if here.values else _first_state(),
+            config,
+            context=context,
+            stream_mode="custom",
+            durability="sync",
+            control=control,
+        )
+        # Closed before the checkpoints' connection is, whatever happens: nodes run in a thread.
+        with closing(cast(Generator[Event, None, None], stream)) as events:
+            try:
+                for event in events:
+                    on_event(event)
+            except GraphDrained as drained:
+                raise SearchDrainedError(str(drained)) from None
+    return str(runnable.get_state(config).values["stopped"])
+
+
+def _first_state() -> SearchState:
+    return {
         "generation": 0,
         "pending": [],
         "scores": [],
         "parents": [],
         "stopped": None,
+        "seconds": 0.0,
     }
-    # Six steps a generation, and every generation but the last scores a plan.
-    steps = 10 + 6 * (context.settings.evaluations + 1)
-    with closing(sqlite3.connect(checkpoint_path, check_same_thread=False)) as connection:
-        graph = build_graph().compile(checkpointer=SqliteSaver(connection))
-        config: RunnableConfig = {**_THREAD, "recursion_limit": steps}
-        here = graph.get_state(config)
-        if here.values and not here.next:
-            return str(here.values["stopped"])
-        end = graph.invoke(
-            None if here.values else first, config, context=context, durability="sync"
-        )
-    return str(end["stopped"])
-
-
-def _fixed(context: SearchContext) -> Callable[[], Levels] | None:
-    """Return the allocator of a run without a search."""
-    space = context.space
-    makers: dict[str, Callable[[], Levels]] = {
-        "uniform": lambda: allocators.uniform(space),
-        "uniform_mlp": lambda: allocators.uniform_mlp(space),
-        "heuristic": lambda: context.conform(allocators.heuristic(space, context.sensitivity)),
-    }
-    return makers.get(context.settings.allocator)
-
-
-def _score_fixed(context: SearchContext, make: Callable[[], Levels]) -> str:
-    """Score and record the one plan of `make`."""
-    slot = Slot(0, 0, context.settings.allocator)
-    pending = [Proposal(slot, "heuristic", make()).to_json(context)]
-    nodes.record_generation(context, 0, pending, nodes.score_pending(context, pending))
-    return "no search"
 
 
 def _result(context: SearchContext, stopped: str) -> SearchResult:
     """Return the outcome as the ledger tells it."""
     candidates, spending = context.ledger.candidates(), context.spending
+    lines, charge = context.ledger.lines(), context.ledger.charged()
+    accepted = sum(1 for x in lines if x.outcome == "accepted" and x.operator != "select")
     origins = Counter(x.origin for x in candidates)
     finalists = context.ledger.best(context.settings.finalists)
     numbers = sorted({x.generation for x in candidates})
@@ -153,8 +192,11 @@ def _result(context: SearchContext, stopped: str) -> SearchResult:
         finalists=tuple(finalists),
         generations=tuple(nodes.generation_line(n, best[n]) for n in numbers),
         evaluations=spending.evaluations,
-        llm_calls=spending.llm_calls,
-        llm_tokens=spending.llm_tokens,
+        llm_calls=charge.calls,
+        llm_tokens=charge.tokens,
+        llm_cost=charge.cost,
+        llm_failures=sum(1 for x in lines if x.reply is None and not x.is_skipped),
+        duplicates=accepted - origins["llm"] - origins["llm_repaired"],
         fallbacks=origins["fallback"],
         origins={str(x): n for x, n in sorted(origins.items())},
         seconds=spending.seconds,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,51 @@ ORDER = ("generate", "select", "crossover", "mutate")
 
 
 @dataclass(frozen=True)
-class LlmLine:
-    """One line of `llm.jsonl`: one attempt of one slot.
+class Charge:
+    """What calls of an LLM cost: how many, their tokens and their money."""
 
-    `attempt` is 0, or 1 for the repair; `tokens` counts prompt and reply; `reply` is None where
-    no call was made. `outcome` starts with accepted, invalid, duplicate or skipped.
+    calls: int = 0
+    tokens: int = 0
+    cost: float = 0.0
+
+    def __add__(self, other: Charge) -> Charge:
+        """Return both together."""
+        return Charge(self.calls + other.calls, self.tokens + other.tokens, self.cost + other.cost)
+
+
+@dataclass(frozen=True)
+class LlmLine:
+    """One line of `llm.jsonl`: one call of one attempt of one slot, or a call that was not made.
+
+    `attempt` is 0, or 1 for the repair; `call` counts the tries at it; `tokens` counts prompt and
+    reply, a guess where `estimated`; `reply` is None where a call failed or was not made.
+    `outcome` starts with accepted, invalid, failed or skipped.
     """
 
     generation: int
     slot: int
     operator: str
     attempt: int
+    call: int
     prompt_hash: str
     messages: tuple[dict[str, str], ...]
     reply: str | None
     tokens: int
+    estimated: bool
+    cost: float
     seconds: float
+    model: str
     outcome: str
+
+    @property
+    def charge(self) -> Charge:
+        """What this line is charged: nothing where no call was made."""
+        return Charge(int(not self.is_skipped), self.tokens, self.cost)
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether a limit kept the call from being made."""
+        return self.outcome.startswith("skipped")
 
 
 class Ledger:
@@ -49,9 +77,13 @@ class Ledger:
         folder.mkdir(parents=True, exist_ok=True)
         self._candidate_path = folder / "candidates.jsonl"
         self._llm_path = folder / "llm.jsonl"
-        self._candidates = [Candidate.from_json(x) for x in _read(self._candidate_path)]
-        self._lines = [_line(x) for x in _read(self._llm_path)]
+        rows = _read(self._candidate_path, mend=True)
+        self._candidates = [Candidate.from_json(x) for x in rows]
+        self._lines = read_lines(self._llm_path, mend=True)
         self._by_key = {x.key: x for x in self._candidates}
+        self._attempts: dict[tuple[int, int, int, str], list[LlmLine]] = {}
+        for line in self._lines:
+            self._file(line)
 
     def candidates(self) -> list[Candidate]:
         """Return all candidates in the order of scoring."""
@@ -70,18 +102,19 @@ class Ledger:
         pool = [x for x in self._candidates if before is None or x.generation < before]
         return sorted(pool, key=lambda x: (x.fitness, x.id))[:count]
 
-    def tokens_before(self, generation: int, operator: str) -> int:
-        """Return the LLM tokens spent before this operator of this generation began."""
-        here = (generation, ORDER.index(operator))
-        return sum(x.tokens for x in self._lines if (x.generation, ORDER.index(x.operator)) < here)
+    def charged(self, generation: int | None = None, operator: str = "") -> Charge:
+        """Return what all calls cost, or those before this operator of this generation."""
+        lines: Iterable[LlmLine] = self._lines
+        if generation is not None:
+            here = (generation, ORDER.index(operator))
+            lines = (x for x in lines if (x.generation, ORDER.index(x.operator)) < here)
+        return sum((x.charge for x in lines), Charge())
 
-    def reply(self, generation: int, slot: int, attempt: int, prompt_hash: str) -> LlmLine | None:
-        """Return the line of an attempt made before a crash, so that it is not paid twice."""
-        wanted = (generation, slot, attempt, prompt_hash)
-        for line in self._lines:
-            if (line.generation, line.slot, line.attempt, line.prompt_hash) == wanted:
-                return line
-        return None
+    def attempts(
+        self, generation: int, slot: int, attempt: int, prompt_hash: str
+    ) -> Sequence[LlmLine]:
+        """Return the calls of an attempt that are on file, so that none is paid twice."""
+        return self._attempts.get((generation, slot, attempt, prompt_hash), ())
 
     def add_candidate(self, candidate: Candidate) -> None:
         """Append one scored candidate."""
@@ -93,9 +126,26 @@ class Ledger:
         """Append one attempt."""
         _append(self._llm_path, {**asdict(line), "messages": list(line.messages)})
         self._lines.append(line)
+        self._file(line)
+
+    def _file(self, line: LlmLine) -> None:
+        place = (line.generation, line.slot, line.attempt, line.prompt_hash)
+        self._attempts.setdefault(place, []).append(line)
 
 
-def _line(data: dict[str, Any]) -> LlmLine:
+def read_lines(path: Path, *, mend: bool = False) -> list[LlmLine]:
+    """Return the lines of an `llm.jsonl` without a torn last one; `mend` cuts it from the file.
+
+    Raises:
+        ValueError: another line cannot be read.
+    """
+    return [_line(x, f"{path.name}, line {n}") for n, x in enumerate(_read(path, mend), 1)]
+
+
+def _line(data: Any, where: str) -> LlmLine:
+    names = {field.name for field in fields(LlmLine)}
+    if not isinstance(data, dict) or set(data) != names or data["operator"] not in ORDER:
+        raise ValueError(f"{where}: not a call of an LLM as this version writes it")
     return LlmLine(**{**data, "messages": tuple(data["messages"])})
 
 
@@ -104,13 +154,13 @@ def _append(path: Path, data: dict[str, Any]) -> None:
         file.write(json.dumps(data, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _read(path: Path) -> Sequence[dict[str, Any]]:
-    """Return the lines of `path`; a last line without its end is cut from the file."""
+def _read(path: Path, mend: bool) -> Sequence[dict[str, Any]]:
+    """Return the whole lines of `path`; `mend` cuts a last line without its end from the file."""
     if not path.exists():
         return []
     raw = path.read_bytes()
     whole = raw[: raw.rfind(b"\n") + 1]
-    if len(whole) < len(raw):
+    if mend and len(whole) < len(raw):
         with path.open("r+b") as file:
             file.truncate(len(whole))
     rows = []

@@ -6,11 +6,12 @@ import math
 from typing import Any
 
 import numpy as np
+from langgraph.config import get_stream_writer
 from langgraph.runtime import Runtime
 
 from agent import population
 from agent.candidate import Candidate
-from agent.operators import choose_parents, propose
+from agent.operators import Proposal, choose_parents, propose
 from agent.questions import Slot
 from agent.state import SearchContext, SearchState
 from pruning.plan import Plan
@@ -22,14 +23,15 @@ _PAIRS = 9_973  # keeps the draws of parents apart from those of the operators
 
 
 def generate(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
-    """Propose the first generation."""
+    """Propose the first generation; of an allocator without a search, its one plan."""
     context, generation = runtime.context, state["generation"]
+    fixed = context.fixed_plan
+    if fixed is not None:
+        slot = Slot(generation, 0, context.settings.allocator)
+        return {"pending": [Proposal(slot, "heuristic", fixed).to_json(context)]}
     count = min(context.settings.population, context.spending.evaluations_left(generation, 0))
     slots = [Slot(generation, i, "generate") for i in range(count)]
-    return {
-        "generation": 0,
-        "pending": [x.to_json(context) for x in propose(context, generation, slots, [])],
-    }
+    return {"pending": [x.to_json(context) for x in propose(context, generation, slots, [])]}
 
 
 def evaluate(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
@@ -41,10 +43,11 @@ def record(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
     """Write the generation to the ledger and see whether the search goes on."""
     context = runtime.context
     record_generation(context, state["generation"], state["pending"], state["scores"])
-    stopped = context.spending.reached()
+    stopped = "no search" if context.fixed_plan else context.spending.reached()
     if not state["pending"]:
         stopped = stopped or "no new plans"
-    return {"pending": [], "scores": [], "stopped": stopped}
+    seconds = context.spending.seconds
+    return {"pending": [], "scores": [], "stopped": stopped, "seconds": seconds}
 
 
 def select(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
@@ -130,6 +133,7 @@ def record_generation(
         candidate = Candidate(
             id=len(context.ledger.candidates()),
             generation=generation,
+            slot=proposal["slot"],
             operator=proposal["operator"],
             origin=proposal["origin"],
             parents=tuple(proposal["parents"]),
@@ -145,7 +149,7 @@ def record_generation(
         _tell(context, candidate)
     winner = context.ledger.find(pending[best]["key"])
     assert winner is not None
-    context.on_event({"kind": "generation", **generation_line(generation, winner)})
+    get_stream_writer()({"kind": "generation", **generation_line(generation, winner)})
 
 
 def generation_line(generation: int, best: Candidate) -> dict[str, Any]:
@@ -159,7 +163,7 @@ def generation_line(generation: int, best: Candidate) -> dict[str, Any]:
 
 
 def _tell(context: SearchContext, candidate: Candidate) -> None:
-    context.on_event(
+    get_stream_writer()(
         {
             "kind": "candidate",
             "id": candidate.id,

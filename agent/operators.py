@@ -32,6 +32,7 @@ class Proposal:
         """Return plain JSON data for the state."""
         plan = context.grid.plan(self.levels)
         return {
+            "slot": self.slot.index,
             "operator": self.slot.operator,
             "origin": self.origin,
             "parents": [x.id for x in self.slot.parents],
@@ -47,19 +48,18 @@ def propose(
     """Return new distinct plans for `slots`, at most one each, in the order of slots.
 
     `pending`: keys of plans of this generation that other operators proposed. A slot stays empty
-    only where the classical operator finds no new plan in a bounded number of tries.
+    only where a limit forbade to ask the LLM, or the classical operator finds no new plan in a
+    bounded number of tries. The first generation has one plan at least.
+
+    Raises:
+        DriverError: all drivers gave up and `driver.when_down` is stop.
     """
     seen = {x.key for x in context.ledger.candidates() if x.generation < generation} | {*pending}
     made: dict[int, Proposal] = {}
     if generation == 0 and context.settings.seed_plan and slots:
-        seen.add(context.grid.plan(context.first_plan).key)
-        made[slots[0].index] = Proposal(slots[0], "heuristic", context.first_plan)
-    asked = [s for i, s in enumerate(slots) if s.index not in made and _asks(context, i)]
-    answers = ask(
-        context,
-        generation,
-        [plan_question(context, s, seen) for s in asked],
-    )
+        made[slots[0].index] = _first(context, slots[0], seen)
+    asked = [s for i, s in enumerate(slots) if s.index not in made and is_asked(context, i)]
+    answers = ask(context, generation, [plan_question(context, s) for s in asked])
     given = {s.index: a for s, a in zip(asked, answers, strict=True)}
     for slot in slots:
         proposal = made.get(slot.index) or _settled(
@@ -67,7 +67,15 @@ def propose(
         )
         if proposal is not None:
             made[slot.index] = proposal
+    if generation == 0 and not made:
+        made[slots[0].index] = _first(context, slots[0], seen)
     return [made[s.index] for s in slots if s.index in made]
+
+
+def _first(context: SearchContext, slot: Slot, seen: set[str]) -> Proposal:
+    """Return the plan that a search begins with."""
+    seen.add(context.grid.plan(context.first_plan).key)
+    return Proposal(slot, "heuristic", context.first_plan)
 
 
 def choose_parents(context: SearchContext, generation: int, slot: int) -> list[Candidate]:
@@ -75,7 +83,7 @@ def choose_parents(context: SearchContext, generation: int, slot: int) -> list[C
     settings = context.settings
     pool = context.ledger.best(settings.population, before=generation)
     wanted = min(len(pool), max(2, settings.shown))
-    if wanted > 1 and len(pool) > 2 and _asks(context, generation - 1):
+    if wanted > 1 and len(pool) > 2 and is_asked(context, generation - 1):
         listed = pool[: max(2 * wanted, settings.shown)]
         answer = ask(context, generation, [parents_question(context, slot, listed, wanted)])[0]
         if answer.value is not None:
@@ -85,7 +93,7 @@ def choose_parents(context: SearchContext, generation: int, slot: int) -> list[C
     return [pool[i] for i in population.tournament([x.fitness for x in pool], wanted, rng)]
 
 
-def _asks(context: SearchContext, index: int) -> bool:
+def is_asked(context: SearchContext, index: int) -> bool:
     """Return whether the LLM is asked for number `index`; the classical share is spread evenly."""
     if context.settings.allocator != "llm":
         return False
@@ -100,10 +108,16 @@ def _settled(
     answer: Answer[Levels] | None,
     seen: set[str],
 ) -> Proposal | None:
-    """Return the LLM's plan, or the classical operator's where there is none."""
+    """Return the LLM's plan, or the classical operator's where there is none or it is known."""
     tokens = 0 if answer is None else answer.tokens
+    if answer is not None and not answer.asked:
+        return None
     if answer is not None and answer.value is not None:
-        return Proposal(slot, "llm_repaired" if answer.repaired else "llm", answer.value, tokens)
+        key = context.grid.plan(answer.value).key
+        if key not in seen:
+            seen.add(key)
+            by: Origin = "llm_repaired" if answer.repaired else "llm"
+            return Proposal(slot, by, answer.value, tokens)
     origin: Origin = "classical" if answer is None else "fallback"
     for attempt in range(_RETRIES):
         rng = population.generator(context.seed, generation, slot.index, attempt)

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from agent.reply import ReplyError, clean, find_object, short
+
+__all__ = [
+    "WORDS",
+    "Block",
+    "Bounds",
+    "Move",
+    "ReplyError",
+    "Schema",
+    "Vectors",
+    "clean",
+    "keys",
+    "mix_schema",
+    "moves_schema",
+    "parse_mix",
+    "parse_moves",
+    "parse_select",
+    "parse_vectors",
+    "parse_words",
+    "select_schema",
+    "vectors_schema",
+]
+
 Block = Literal["attention", "mlp"]
 Schema = dict[str, Any]
 
-MAX_CHARACTERS = 20_000
 MAX_MOVES = 6
-
-
-class ReplyError(ValueError):
-    """What is wrong with a reply, in one sentence that the model is shown."""
+WORDS = {"why": 200, "hypothesis": 160, "lesson": 160}
+"""Free text that a reply may carry before its answer, with the most characters of each."""
 
 
 @dataclass(frozen=True)
@@ -53,28 +72,27 @@ class Move:
     units: int
 
 
-def vectors_schema(bounds: Bounds) -> Schema:
+def vectors_schema(bounds: Bounds, words: Sequence[str] = ()) -> Schema:
     """Return the JSON schema of `parse_vectors`."""
-    rate = _integer_schema(*bounds.percent)
-    names = ("attention", "mlp") if bounds.blocks else ("rates",)
-    return _object_schema({n: _array_schema(rate, bounds.layers, bounds.layers) for n in names})
+    rates = _array_schema(_integer_schema(*bounds.percent), bounds.layers, bounds.layers)
+    return _reply_schema(words, dict.fromkeys(keys("vectors", bounds), rates))
 
 
-def parse_vectors(text: str, bounds: Bounds) -> Vectors:
+def parse_vectors(text: str, bounds: Bounds, words: Sequence[str] = ()) -> Vectors:
     """Return the rates of `{"attention": [...], "mlp": [...]}` or `{"rates": [...]}`.
 
     Raises:
-        ReplyError: the text is not exactly such an object within `bounds`.
+        ReplyError: the text holds no such object within `bounds` that has the `words` too.
     """
-    names = ("attention", "mlp") if bounds.blocks else ("rates",)
-    data = _object(text, names)
+    names = keys("vectors", bounds)
+    data = _reply(text, words, names)
     rows = [
         _integers(data[n], f'"{n}"', (bounds.layers, bounds.layers), bounds.percent) for n in names
     ]
     return Vectors(rows[0], rows[-1])
 
 
-def moves_schema(bounds: Bounds) -> Schema:
+def moves_schema(bounds: Bounds, words: Sequence[str] = ()) -> Schema:
     """Return the JSON schema of `parse_moves`."""
     layer = _integer_schema(0, bounds.layers - 1)
     move = _object_schema(
@@ -85,50 +103,53 @@ def moves_schema(bounds: Bounds) -> Schema:
             "units": _integer_schema(1, max(bounds.units.values())),
         }
     )
-    return _object_schema({"moves": _array_schema(move, 1, MAX_MOVES)})
+    return _reply_schema(words, {"moves": _array_schema(move, 1, MAX_MOVES)})
 
 
-def parse_moves(text: str, bounds: Bounds) -> tuple[Move, ...]:
+def parse_moves(text: str, bounds: Bounds, words: Sequence[str] = ()) -> tuple[Move, ...]:
     """Return the moves of `{"moves": [{"block", "take_from", "give_to", "units"}, ...]}`.
 
     Raises:
-        ReplyError: the text is not exactly such an object within `bounds`, or a move gives to
-            the layer that it takes from.
+        ReplyError: the text holds no such object within `bounds` that has the `words` too, or a
+            move gives to the layer that it takes from.
     """
-    rows = _list(_object(text, ("moves",))["moves"], '"moves"', (1, MAX_MOVES))
+    value = _reply(text, words, keys("moves", bounds))["moves"]
+    rows = _list(value, '"moves"', (1, MAX_MOVES))
     return tuple(_move(row, f"move {i + 1}", bounds) for i, row in enumerate(rows))
 
 
-def mix_schema(bounds: Bounds) -> Schema:
+def mix_schema(bounds: Bounds, words: Sequence[str] = ()) -> Schema:
     """Return the JSON schema of `parse_mix`."""
     layer = _integer_schema(0, bounds.layers - 1)
-    return _object_schema({"from_second": _array_schema(layer, 1, bounds.layers)})
+    return _reply_schema(words, {"from_second": _array_schema(layer, 1, bounds.layers)})
 
 
-def parse_mix(text: str, bounds: Bounds) -> tuple[int, ...]:
+def parse_mix(text: str, bounds: Bounds, words: Sequence[str] = ()) -> tuple[int, ...]:
     """Return the layers of `{"from_second": [...]}`, ascending and without repeats.
 
     Raises:
-        ReplyError: the text is not exactly such an object within `bounds`.
+        ReplyError: the text holds no such object within `bounds` that has the `words` too.
     """
-    value = _object(text, ("from_second",))["from_second"]
+    value = _reply(text, words, keys("mix", bounds))["from_second"]
     sizes, values = (1, bounds.layers), (0, bounds.layers - 1)
     return tuple(sorted(set(_integers(value, '"from_second"', sizes, values))))
 
 
-def select_schema(ids: Sequence[int], wanted: int) -> Schema:
+def select_schema(ids: Sequence[int], wanted: int, words: Sequence[str] = ()) -> Schema:
     """Return the JSON schema of `parse_select`."""
     choice = {"type": "integer", "enum": sorted(ids)}
-    return _object_schema({"parents": _array_schema(choice, wanted, wanted)})
+    return _reply_schema(words, {"parents": _array_schema(choice, wanted, wanted)})
 
 
-def parse_select(text: str, ids: Sequence[int], wanted: int) -> tuple[int, ...]:
+def parse_select(
+    text: str, ids: Sequence[int], wanted: int, words: Sequence[str] = ()
+) -> tuple[int, ...]:
     """Return the candidates of `{"parents": [...]}` without repeats, in the order given.
 
     Raises:
-        ReplyError: the text is not exactly such an object with `wanted` of the `ids`.
+        ReplyError: the text holds no such object with `wanted` of the `ids` and the `words`.
     """
-    value = _object(text, ("parents",))["parents"]
+    value = _reply(text, words, ("parents",))["parents"]
     numbers = _integers(value, '"parents"', (wanted, wanted), (min(ids), max(ids)))
     unknown = [n for n in numbers if n not in set(ids)]
     if unknown:
@@ -136,13 +157,42 @@ def parse_select(text: str, ids: Sequence[int], wanted: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(numbers))
 
 
+def keys(form: str, bounds: Bounds) -> tuple[str, ...]:
+    """Return what a reply of this form answers with, beside its words."""
+    rates = ("attention", "mlp") if bounds.blocks else ("rates",)
+    answers = {"moves": "moves", "mix": "from_second", "select": "parents"}
+    return rates if form == "vectors" else (answers[form],)
+
+
+def parse_words(text: str, form: str, bounds: Bounds, words: Sequence[str]) -> dict[str, str]:
+    """Return the free text of a reply of this form; it is to be stored and shown, never run.
+
+    Raises:
+        ReplyError: the text holds no object with these words and the answer of this form.
+    """
+    data = _reply(text, words, keys(form, bounds))
+    return {name: data[name] for name in words}
+
+
+def _reply(text: str, words: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+    """Return the reply's object, its words checked."""
+    data = find_object(text, (*words, *names))
+    for word in words:
+        value, most = data[word], WORDS[word]
+        if not isinstance(value, str):
+            raise ReplyError(f'"{word}" is {short(value)}, want text.')
+        if len(value) > most:
+            raise ReplyError(f'"{word}" has {len(value)} characters, allowed {most}.')
+    return data
+
+
 def _move(row: Any, name: str, bounds: Bounds) -> Move:
     keys = ("block", "take_from", "give_to", "units")
     if not isinstance(row, dict) or set(row) != set(keys):
-        raise ReplyError(f"{name}: got {_short(row)}, want an object with {_listing(keys)}")
+        raise ReplyError(f"{name}: got {short(row)}, want an object with {_listing(keys)}")
     block = row["block"]
     if not isinstance(block, str) or block not in bounds.units:
-        raise ReplyError(f"{name}: block is {_short(block)}, allowed {_listing(bounds.units)}")
+        raise ReplyError(f"{name}: block is {short(block)}, allowed {_listing(bounds.units)}")
     layers = (0, bounds.layers - 1)
     take_from = _integer(row["take_from"], f"{name}: take_from", layers)
     give_to = _integer(row["give_to"], f"{name}: give_to", layers)
@@ -152,49 +202,11 @@ def _move(row: Any, name: str, bounds: Bounds) -> Move:
     return Move(block, take_from, give_to, units)
 
 
-def _object(text: str, keys: Sequence[str]) -> dict[str, Any]:
-    """Return the JSON object that is all of `text` (one code fence around it is allowed)."""
-    if len(text) > MAX_CHARACTERS:
-        raise ReplyError(f"The reply has {len(text)} characters, allowed {MAX_CHARACTERS}.")
-    try:
-        data = json.loads(
-            _unfenced(text), object_pairs_hook=_unique, parse_constant=_refuse_constant
-        )
-    except json.JSONDecodeError as error:
-        raise ReplyError(
-            f"The reply is not one JSON object: {error.msg} at character {error.pos}."
-        ) from None
-    except ReplyError:
-        raise
-    except (ValueError, RecursionError):
-        raise ReplyError("The reply holds a number too long or is nested too deep.") from None
-    if not isinstance(data, dict) or set(data) != set(keys):
-        raise ReplyError(f"The reply is {_short(data)}, want an object with {_listing(keys)}.")
-    return data
-
-
-def _unfenced(text: str) -> str:
-    lines = text.strip().split("\n")
-    fenced = len(lines) > 2 and lines[0] in ("```", "```json") and lines[-1] == "```"
-    return "\n".join(lines[1:-1]) if fenced else text.strip()
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) != len(pairs):
-        raise ReplyError("The reply has the same key twice in one object.")
-    return data
-
-
-def _refuse_constant(name: str) -> None:
-    raise ReplyError(f"The reply holds {name}, want whole numbers only.")
-
-
 def _list(value: Any, name: str, sizes: tuple[int, int]) -> list[Any]:
     low, high = sizes
     wanted = f"{low}" if low == high else f"{low} to {high}"
     if not isinstance(value, list):
-        raise ReplyError(f"{name} is {_short(value)}, want a list of {wanted} entries.")
+        raise ReplyError(f"{name} is {short(value)}, want a list of {wanted} entries.")
     if not low <= len(value) <= high:
         raise ReplyError(f"{name} has {len(value)} entries, want {wanted}.")
     return value
@@ -209,9 +221,9 @@ def _integers(
 
 def _integer(value: Any, name: str, allowed: tuple[int, int]) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ReplyError(f"{name} is {_short(value)}, want a whole number.")
+        raise ReplyError(f"{name} is {short(value)}, want a whole number.")
     if not allowed[0] <= value <= allowed[1]:
-        raise ReplyError(f"{name} is {_short(value)}, allowed {allowed[0]} to {allowed[1]}.")
+        raise ReplyError(f"{name} is {short(value)}, allowed {allowed[0]} to {allowed[1]}.")
     return value
 
 
@@ -221,6 +233,12 @@ def _integer_schema(low: int, high: int) -> Schema:
 
 def _array_schema(items: Schema, low: int, high: int) -> Schema:
     return {"type": "array", "items": items, "minItems": low, "maxItems": high}
+
+
+def _reply_schema(words: Sequence[str], answer: dict[str, Schema]) -> Schema:
+    """Return the schema of a reply: words first, so that they are written before the answer."""
+    texts: dict[str, Schema] = {x: {"type": "string", "maxLength": WORDS[x]} for x in words}
+    return _object_schema({**texts, **answer})
 
 
 def _object_schema(properties: dict[str, Schema]) -> Schema:
@@ -234,11 +252,3 @@ def _object_schema(properties: dict[str, Schema]) -> Schema:
 
 def _listing(names: Any) -> str:
     return ", ".join(str(name) for name in names)
-
-
-def _short(value: Any) -> str:
-    try:
-        text = json.dumps(value)
-    except (ValueError, RecursionError):
-        text = "a number too long"
-    return text if len(text) <= 40 else text[:37] + "..."

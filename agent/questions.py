@@ -9,12 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from agent import briefing, parse, population
+from agent import briefing, parse, population, wording
 from agent.candidate import Candidate
-from agent.conversation import DuplicateError, Question
+from agent.conversation import Question
 from agent.parse import Bounds, Move, ReplyError, Vectors
 from agent.projection import Levels
 from agent.state import SearchContext
+from agent.view import View
+
+_SAID = {
+    "why": "a short reason",
+    "hypothesis": "what this improves, and why",
+    "lesson": "what the effects so far teach",
+}
 
 
 @dataclass(frozen=True)
@@ -27,120 +34,82 @@ class Slot:
     parents: tuple[Candidate, ...] = ()
 
 
-def plan_question(context: SearchContext, slot: Slot, seen: set[str]) -> Question[Levels]:
-    """Return the prompt for a plan and how to read its reply.
-
-    A reply whose plan is among the keys `seen` is a duplicate; an accepted one is added to them.
-    """
+def plan_question(context: SearchContext, slot: Slot) -> Question[Levels]:
+    """Return the prompt for a plan and how to read its reply."""
     assert context.strategy is not None
-    form = context.strategy.forms[slot.operator]
+    form, words = context.strategy.forms[slot.operator], context.strategy.words(slot.operator)
     bounds = context.reply_bounds
     plans = [briefing.levels(context, x) for x in slot.parents] or [context.first_plan]
     readers: dict[str, tuple[parse.Schema, Callable[[str], Levels]]] = {
         "vectors": (
-            parse.vectors_schema(bounds),
-            lambda text: _from_vectors(context, parse.parse_vectors(text, bounds)),
+            parse.vectors_schema(bounds, words),
+            lambda text: _from_vectors(context, parse.parse_vectors(text, bounds, words)),
         ),
         "moves": (
-            parse.moves_schema(bounds),
-            lambda text: _from_moves(context, plans[0], parse.parse_moves(text, bounds)),
+            parse.moves_schema(bounds, words),
+            lambda text: _from_moves(context, plans[0], parse.parse_moves(text, bounds, words)),
         ),
         "mix": (
-            parse.mix_schema(bounds),
-            lambda text: _from_mix(context, plans, parse.parse_mix(text, bounds)),
+            parse.mix_schema(bounds, words),
+            lambda text: _from_mix(context, plans, parse.parse_mix(text, bounds, words)),
         ),
     }
     schema, read = readers[form]
-
-    def interpret(text: str) -> Levels:
-        levels = read(text)
-        key = context.grid.plan(levels).key
-        if key in seen:
-            raise DuplicateError(f"plan {key} was proposed before")
-        seen.add(key)
-        return levels
-
-    messages = _messages(context, slot.operator, _values(context, slot, plans))
-    return Question(slot.index, slot.operator, messages, schema, interpret)
+    view = View(context, slot.generation, form, plans[0], slot.parents)
+    more = {
+        "hint": context.strategy.hint(slot.index),
+        "example": _compact({**_said(words), **_example(bounds, form)}),
+    }
+    messages = wording.messages(view, slot.operator, more)
+    return Question(slot.index, slot.operator, messages, schema, read)
 
 
 def parents_question(
-    context: SearchContext, slot: int, listed: Sequence[Candidate], wanted: int
+    context: SearchContext,
+    slot: int,
+    listed: Sequence[Candidate],
+    wanted: int,
+    generation: int | None = None,
 ) -> Question[tuple[int, ...]]:
-    """Return the question which of the listed candidates become parents."""
-    ids = [x.id for x in listed]
-    best = briefing.levels(context, listed[0])
-    values = {
-        "candidates": briefing.differences(context, listed, best),
+    """Return the question which of the listed candidates become parents of `generation`.
+
+    Without `generation` it is the one after the last that the ledger has.
+    """
+    assert context.strategy is not None
+    if generation is None:
+        generation = 1 + max(x.generation for x in context.ledger.candidates())
+    ids, words = [x.id for x in listed], context.strategy.words("select")
+    view = View(context, generation, "select", briefing.levels(context, listed[0]))
+    more = {
+        "candidates": "\n".join(view.told(x) for x in listed),
         "wanted": str(wanted),
-        "example": _compact({"parents": ids[-wanted:]}),
+        "example": _compact({**_said(words), "parents": ids[-wanted:]}),
     }
     return Question(
         slot,
         "select",
-        _messages(context, "select", values),
-        parse.select_schema(ids, wanted),
-        lambda text: parse.parse_select(text, ids, wanted),
+        wording.messages(view, "select", more),
+        parse.select_schema(ids, wanted, words),
+        lambda text: parse.parse_select(text, ids, wanted, words),
     )
 
 
-def _messages(
-    context: SearchContext, text: str, values: dict[str, str]
-) -> tuple[dict[str, str], ...]:
-    assert context.strategy is not None
-    values = {**briefing.common(context), **values}
-    return (
-        {"role": "system", "content": context.strategy.render("system", values)},
-        {"role": "user", "content": context.strategy.render(text, values)},
-    )
-
-
-def _values(context: SearchContext, slot: Slot, plans: Sequence[Levels]) -> dict[str, str]:
-    """Return what the prompt of a slot shows beyond the common facts."""
-    assert context.strategy is not None
-    operator, form = slot.operator, context.strategy.forms[slot.operator]
-    shown_count = context.settings.shown
-    pool = context.ledger.best(shown_count + 2, before=slot.generation)
-    others = [x for x in pool if x not in slot.parents]
-    others = others[:shown_count]
-    values = {
-        "sensitivity": briefing.sensitivity(context),
-        "hint": context.strategy.hint(slot.index),
-        "example": _example(context.reply_bounds, form),
-    }
-    if form == "vectors":
-        shown = [
-            f"{briefing.header(context, x)}\n{briefing.vectors(context, y)}"
-            for x, y in zip(slot.parents, plans, strict=False)
-        ] or [briefing.vectors(context, plans[0])]
-        values["candidates"] = briefing.full(context, others)
-    else:
-        shown = [f"{briefing.header(context, x)}" for x in slot.parents]
-        values["candidates"] = briefing.differences(context, others, plans[0])
-    values["candidates"] = values["candidates"] or "none"
-    if operator == "crossover":
-        values["first"], values["second"] = shown
-        if form == "mix":
-            values["second"] += "\n" + briefing.rows_that_differ(context, plans[0], plans[1])
-    elif form == "moves":
-        values["parent"] = "\n".join([*shown, briefing.table(context, plans[0])])
-    else:
-        values["parent"] = shown[0]
-    return values
-
-
-def _example(bounds: Bounds, form: str) -> str:
-    """Return a tiny reply of this form."""
+def _example(bounds: Bounds, form: str) -> dict[str, Any]:
+    """Return the answer of a tiny reply of this form."""
     last = bounds.layers - 1
     if form == "moves":
         move = {"block": "mlp", "take_from": last // 2, "give_to": min(1, last), "units": 2}
-        return _compact({"moves": [move]})
+        return {"moves": [move]}
     if form == "mix":
-        return _compact({"from_second": sorted({0, last // 3, last // 2})})
-    names = ("attention", "mlp") if bounds.blocks else ("rates",)
+        return {"from_second": sorted({0, last // 3, last // 2})}
     low, high = bounds.percent
     numbers = [round(low + (high - low) * x) for x in (0.1, 0.4, 0.3)]
-    return _compact(dict.fromkeys(names, numbers))
+    return dict.fromkeys(parse.keys(form, bounds), numbers)
+
+
+def _said(words: Sequence[str]) -> dict[str, str]:
+    """Return examples of free text; they claim nothing about the model."""
+    return {name: _SAID[name] for name in words}
 
 
 def _from_vectors(context: SearchContext, reply: Vectors) -> Levels:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 AllocatorName = Literal["llm", "evolution", "random", "uniform", "uniform_mlp", "heuristic"]
 Granularity = Literal["layer", "block"]
+DriverKind = Literal["embedded", "api", "vllm", "replay", "none"]
+Structured = Literal["auto", "json_schema", "json_object", "text"]
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 
 
 class SearchSettings(BaseModel):
@@ -34,11 +39,17 @@ class SearchSettings(BaseModel):
     evaluations: int = Field(
         120, ge=1, le=1_000_000, description="limit on scored distinct plans, all generations"
     )
+    calls: int | None = Field(
+        None, ge=0, description="limit on calls of the LLM, failed ones included; null: none"
+    )
     tokens: int | None = Field(
         None, ge=0, description="limit on prompt plus reply tokens of the LLM; null: none"
     )
+    cost: float | None = Field(
+        None, ge=0, description="limit on money, in the currency of driver.price; null: none"
+    )
     seconds: float | None = Field(
-        None, gt=0, description="limit on seconds, asked before each generation; null: none"
+        None, gt=0, description="limit on seconds, asked before each operator; null: none"
     )
     classical_share: float = Field(
         0.0, ge=0, le=1, description="share of every operator's proposals made without the LLM"
@@ -62,19 +73,103 @@ class SearchSettings(BaseModel):
         return self
 
 
-class DriverSettings(BaseModel):
-    """Which LLM proposes, and how it is sampled."""
+class Price(BaseModel):
+    """What an endpoint charges for a million tokens, in any one currency."""
 
     model_config = _STRICT
 
-    kind: Literal["embedded", "none"] = Field(
-        "embedded", description="in this process, or no LLM at all"
+    prompt: float = Field(0.0, ge=0, description="per million prompt tokens")
+    completion: float = Field(0.0, ge=0, description="per million reply tokens")
+
+    def of(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """Return the money for so many tokens."""
+        return (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
+
+
+class Endpoint(BaseModel):
+    """Which LLM proposes, how it is reached and how it is sampled."""
+
+    model_config = _STRICT
+
+    kind: DriverKind = Field(
+        "embedded",
+        description="in this process, an OpenAI-compatible endpoint, a vLLM server of our own, "
+        "a recorded llm.jsonl, or no LLM at all",
     )
     model: str | None = Field(
         None,
         min_length=1,
-        description="packaged name, folder, file or hub id; null: the pruned one",
+        description="embedded, vllm: packaged name, folder, file or hub id, null: the pruned "
+        "one; api: the endpoint's name of the model, null: the first that it lists",
     )
     temperature: float = Field(0.7, ge=0, le=2, description="0 takes the likeliest token")
-    batch: int = Field(8, ge=1, le=1024, description="requests decoded at once")
+    batch: int = Field(8, ge=1, le=1024, description="requests decoded, or in flight, at once")
     max_tokens: int = Field(512, ge=16, le=32_768, description="longest reply, in tokens")
+    base_url: str | None = Field(
+        None, min_length=1, description="api: address of the endpoint, such as http://host:8000/v1"
+    )
+    key_variable: str = Field(
+        "OPENAI_API_KEY", description="api: environment variable that holds the key; may be unset"
+    )
+    structured: Structured = Field(
+        "auto", description="api, vllm: how JSON is asked for; auto: the strictest that works"
+    )
+    timeout: float = Field(120.0, gt=0, description="api, vllm: seconds for one call")
+    tries: int = Field(6, ge=1, le=100, description="api, vllm: calls for one reply at most")
+    patience: float = Field(
+        300.0, gt=0, description="api, vllm: seconds after which a reply is not tried for again"
+    )
+    price: Price = Field(Price(), description="what the endpoint charges")
+    port: int | None = Field(
+        None, ge=1, le=65_535, description="vllm: adopt the server there, or start one; null: free"
+    )
+    python: str | None = Field(
+        None, min_length=1, description="vllm: Python with vLLM; null: the command vllm"
+    )
+    context: int = Field(4096, ge=256, description="vllm: longest prompt plus reply, in tokens")
+    start_seconds: float = Field(600.0, gt=0, description="vllm: longest wait for the server")
+    recording: str | None = Field(None, min_length=1, description="replay: path of an llm.jsonl")
+
+    @field_validator("base_url")
+    @classmethod
+    def _plain_address(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("allowed: an http or https address")
+        if parts.username or parts.password or parts.query:
+            raise ValueError("a key does not belong into the address; name it in key_variable")
+        return url
+
+    @field_validator("key_variable")
+    @classmethod
+    def _name_of_a_variable(cls, name: str) -> str:
+        if not _VARIABLE.fullmatch(name):
+            raise ValueError("allowed: the NAME of an environment variable, in capitals")
+        return name
+
+    @model_validator(mode="after")
+    def _has_what_its_kind_needs(self) -> Self:
+        if self.kind == "api" and self.base_url is None:
+            raise ValueError("driver.base_url: missing; driver.kind api needs an address")
+        if self.kind == "replay" and self.recording is None:
+            raise ValueError("driver.recording: missing; driver.kind replay needs an llm.jsonl")
+        return self
+
+
+class DriverSettings(Endpoint):
+    """The LLM that is asked, and what happens when it gives up."""
+
+    fallbacks: tuple[Endpoint, ...] = Field(
+        (), description="drivers that take over, in order, when this one gives up"
+    )
+    when_down: Literal["stop", "classical"] = Field(
+        "stop",
+        description="when all drivers gave up: stop, to be resumed, or go on without an LLM",
+    )
+
+    @property
+    def chain(self) -> tuple[Endpoint, ...]:
+        """This driver and its fallbacks, in order."""
+        return (self, *self.fallbacks)

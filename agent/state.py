@@ -23,7 +23,6 @@ from pruning.plan import Budget, Grid, Plan
 
 Score = Callable[[Sequence[Plan], Sequence[int]], NDArray[np.float64]]
 Assess = Callable[[Plan], dict[str, float]]
-Event = dict[str, Any]
 
 MAX_MLP_MOVE = 8
 
@@ -37,6 +36,7 @@ class SearchState(TypedDict):
         scores: one `{fitness, stderr, sequences, seconds}` for each pending proposal.
         parents: ids of the selected candidates.
         stopped: why the search ends, or None.
+        seconds: spent up to the last recorded generation.
     """
 
     generation: int
@@ -44,6 +44,7 @@ class SearchState(TypedDict):
     scores: list[dict[str, float]]
     parents: list[int]
     stopped: str | None
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class SearchContext:
         driver, strategy: needed by the llm allocator only.
         ledger: of the run folder.
         clock: seconds that only grow.
-        on_event: told of every candidate, generation and LLM attempt.
+        unit_latency: microseconds of a whole forward that one attention unit and one MLP step
+            take, or None where they were not measured.
     """
 
     settings: SearchSettings
@@ -78,7 +80,7 @@ class SearchContext:
     strategy: Strategy | None
     ledger: Ledger
     clock: Callable[[], float]
-    on_event: Callable[[Event], None] = lambda _: None
+    unit_latency: tuple[float, float] | None = None
 
     @cached_property
     def space(self) -> Space:
@@ -96,6 +98,18 @@ class SearchContext:
         if not self.settings.seed_plan:
             return allocators.uniform(self.space)
         return self.conform(allocators.heuristic(self.space, self.sensitivity))
+
+    @cached_property
+    def fixed_plan(self) -> Levels | None:
+        """The one plan of an allocator without a search, None for the others."""
+        space = self.space
+        makers: dict[str, Callable[[], Levels]] = {
+            "uniform": lambda: allocators.uniform(space),
+            "uniform_mlp": lambda: allocators.uniform_mlp(space),
+            "heuristic": lambda: self.conform(allocators.heuristic(space, self.sensitivity)),
+        }
+        make = makers.get(self.settings.allocator)
+        return None if make is None else make()
 
     @cached_property
     def reply_bounds(self) -> Bounds:

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers import AttentionInterface, LogitsProcessor, LogitsProcessorLis
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from agent.drivers.driver import Completion, Message, Request
+from agent.drivers.driver import Completion, MayRetry, Message, Request
 
 _ATTENTION = "selfpruner_decode"
 
@@ -48,18 +49,21 @@ class EmbeddedDriver:
         self._grammars: dict[str, Any] = {}
         self._vocabulary = vocabulary
 
-    def complete(self, requests: Sequence[Request]) -> list[Completion]:
-        """Return one completion for each request, in order.
+    def complete(self, requests: Sequence[Request], may_retry: MayRetry) -> Iterator[Completion]:
+        """Yield one completion for each request, in order, batch by batch; no try fails.
 
         Raises:
             ValueError: a prompt and its longest reply do not fit into the model's context.
         """
+        del may_retry
         prompts = [self._tokens(x) for x in requests]
-        result = []
         for start in range(0, len(requests), self._batch):
             end = start + self._batch
-            result += self._complete_batch(requests[start:end], prompts[start:end])
-        return result
+            batch = self._complete_batch(requests[start:end], prompts[start:end])
+            yield from (replace(x, request=start + x.request) for x in batch)
+
+    def close(self) -> None:
+        """Do nothing: the model belongs to whoever gave it."""
 
     def _complete_batch(
         self, requests: Sequence[Request], prompts: Sequence[list[int]]
@@ -86,13 +90,14 @@ class EmbeddedDriver:
         seconds = (time.perf_counter() - began) / len(requests)
         return [
             Completion(
+                request=i,
                 text=self._tokenizer.decode(reply, skip_special_tokens=True),
                 prompt_tokens=len(prompt),
                 completion_tokens=len(reply),
                 seconds=seconds,
                 model=self._name,
             )
-            for prompt, reply in zip(prompts, replies, strict=True)
+            for i, (prompt, reply) in enumerate(zip(prompts, replies, strict=True))
         ]
 
     def _tokens(self, request: Request) -> list[int]:

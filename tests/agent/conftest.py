@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from agent.drivers.driver import Completion, Request
+from agent.drivers.driver import Completion, MayRetry, Request
 from agent.ledger import Ledger
-from agent.settings import DriverSettings, SearchSettings
+from agent.settings import DriverSettings, Price, SearchSettings
 from agent.state import SearchContext
 from prompts.library import load_strategy
 from pruning.architecture import Architecture
@@ -31,17 +31,17 @@ class ScriptedDriver:
     requests: list[Request] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
 
-    def complete(self, requests: Sequence[Request]) -> list[Completion]:
+    def complete(self, requests: Sequence[Request], _: MayRetry) -> Iterator[Completion]:
         self.batches.append(len(requests))
-        result = []
-        for request in requests:
+        for number, request in enumerate(requests):
             text = self.replies[len(self.requests) % len(self.replies)]
             self.requests.append(request)
             prompt = sum(len(m["content"]) for m in request.messages) // 4
-            result.append(
-                Completion(text, prompt, min(len(text) // 3, request.max_tokens), 0.5, "fake")
-            )
-        return result
+            reply = min(len(text) // 3, request.max_tokens)
+            yield Completion(number, text, prompt, reply, 0.5, "fake", cost=0.001)
+
+    def close(self) -> None:
+        pass
 
 
 @dataclass
@@ -79,6 +79,8 @@ def scene(tmp_path: Path) -> Callable[..., SearchContext]:
         folder: Path | None = None,
         sensitive: bool = True,
         max_tokens: int = 64,
+        price: float = 0.0,
+        when_down: Literal["stop", "classical"] = "stop",
         **settings: Any,
     ) -> SearchContext:
         architecture = Architecture("llama", LAYERS, 64, 8, 4, 8, 256, 100, True)
@@ -91,7 +93,11 @@ def scene(tmp_path: Path) -> Callable[..., SearchContext]:
         )
         return SearchContext(
             settings=chosen,
-            driver_settings=DriverSettings(max_tokens=max_tokens),
+            driver_settings=DriverSettings(
+                max_tokens=max_tokens,
+                price=Price(prompt=price, completion=price),
+                when_down=when_down,
+            ),
             seed=seed,
             grid=grid,
             budget=Budget.of(architecture, grid, "parameters", 0.7),

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from agent.candidate import Candidate
-from agent.ledger import Ledger, LlmLine
+from agent.ledger import Charge, Ledger, LlmLine, read_lines
 from pruning.plan import Plan
 
 PLAN = Plan.from_json([[2, 1, 64], [1, 1, 32]])
 CANDIDATE = Candidate(
     id=0,
     generation=0,
+    slot=1,
     operator="generate",
     origin="llm",
     parents=(),
@@ -32,11 +33,15 @@ LINE = LlmLine(
     slot=1,
     operator="generate",
     attempt=0,
+    call=0,
     prompt_hash="abc",
     messages=({"role": "user", "content": "naïve\u2028line"},),
     reply='{"moves":[]}',
     tokens=30,
+    estimated=False,
+    cost=0.5,
     seconds=0.1,
+    model="m",
     outcome="accepted",
 )
 
@@ -56,12 +61,14 @@ def test_the_fields_are_the_contract(tmp_path: Path) -> None:
     ledger.add_line(LINE)
     candidate = json.loads((tmp_path / "candidates.jsonl").read_text())
     assert " ".join(candidate) == (
-        "id generation operator origin parents genotype key scores accuracy speedup tokens seconds"
+        "id generation slot operator origin parents genotype key scores accuracy speedup tokens "
+        "seconds"
     )
     assert list(candidate["scores"]) == ["fitness", "stderr", "sequences"]
     line = json.loads((tmp_path / "llm.jsonl").read_text())
     assert " ".join(line) == (
-        "generation slot operator attempt prompt_hash messages reply tokens seconds outcome"
+        "generation slot operator attempt call prompt_hash messages reply tokens estimated cost "
+        "seconds model outcome"
     )
 
 
@@ -77,8 +84,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert again.find("none") is None
     assert [x.id for x in again.best(5)] == [1, 0]
     assert [x.id for x in again.best(5, before=1)] == [0]
-    assert again.reply(0, 1, 0, "abc") == LINE
-    assert again.reply(0, 1, 1, "abc") is None
+    assert again.attempts(0, 1, 0, "abc") == [LINE]
+    assert again.attempts(0, 1, 1, "abc") == ()
     assert CANDIDATE.plan == PLAN
 
 
@@ -117,11 +124,26 @@ def test_a_candidate_that_cannot_be_is_refused(change: dict[str, object], messag
         Candidate.from_json({**CANDIDATE.to_json(), **change})
 
 
-def test_tokens_before_follow_the_order_of_operators(tmp_path: Path) -> None:
+def test_charges_follow_the_order_of_operators(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     for generation, operator in ((0, "generate"), (1, "select"), (1, "crossover"), (1, "mutate")):
         ledger.add_line(replace(LINE, generation=generation, operator=operator, tokens=10))
-    assert ledger.tokens_before(0, "generate") == 0
-    assert ledger.tokens_before(1, "select") == 10
-    assert ledger.tokens_before(1, "mutate") == 30
-    assert ledger.tokens_before(2, "select") == 40
+    skipped = {"reply": None, "tokens": 0, "cost": 0.0, "outcome": "skipped: search.tokens"}
+    ledger.add_line(replace(LINE, generation=2, operator="select", **skipped))
+    assert ledger.charged(0, "generate") == Charge()
+    assert ledger.charged(1, "select") == Charge(1, 10, 0.5)
+    assert ledger.charged(1, "mutate") == Charge(3, 30, 1.5)
+    assert ledger.charged() == Charge(4, 40, 2.0)
+
+
+def test_a_recording_is_read_and_left_as_it_is(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.add_line(LINE)
+    path = tmp_path / "llm.jsonl"
+    torn = path.read_bytes() + b'{"torn'
+    path.write_bytes(torn)
+    assert read_lines(path) == [LINE]
+    assert path.read_bytes() == torn
+    path.write_text('{"operator": "generate"}\n')
+    with pytest.raises(ValueError, match=r"llm\.jsonl, line 1: not a call of an LLM"):
+        read_lines(path)

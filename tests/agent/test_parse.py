@@ -25,6 +25,83 @@ def test_vectors() -> None:
     assert layered.attention == layered.mlp == (10, 20, 30)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"moves":[{"units":2,"block":"mlp","take_from":0,"give_to":2}]}',
+        '\n{"moves":[{"units":2,"block":"mlp","take_from":0,"give_to":2}]}\n\n',
+        'Sure! {"moves":[{"units":2,"block":"mlp","take_from":0,"give_to":2}]} Good luck.',
+        'As JSON:\n```json\n{"moves":[{"units":2,"block":"mlp","take_from":0,"give_to":2}]}\n```',
+        '<think>{"moves":[]} or {x}?</think>'
+        '{"moves":[{"units":2,"block":"mlp","take_from":0,"give_to":2}]}',
+        'thought </think>{"moves":[{"units":2,"block":"mlp","take_from":0,"give_to":2}]}',
+        '{a} {"n":1} {"moves":[{"units":2,"block":"mlp","take_from":0,"give_to":2}]} {"moves":[]}',
+        '\ufeff{"moves":[{"units":2,"block":"mlp","take_from":0,"give_to":2}]}',
+    ],
+)
+def test_the_first_fitting_object_counts_whatever_stands_around_it(text: str) -> None:
+    assert parse.parse_moves(text, BOUNDS) == (Move("mlp", 0, 2, 2),)
+
+
+WHY = ("why",)
+
+
+def test_words_come_before_the_answer_and_are_bounded() -> None:
+    schema = parse.mix_schema(BOUNDS, ("lesson", "hypothesis"))
+    assert list(schema["properties"]) == ["lesson", "hypothesis", "from_second"]
+    assert schema["properties"]["lesson"] == {"type": "string", "maxLength": 160}
+    longest = "é" * 200
+    text = json.dumps({"why": longest, "from_second": [1]})
+    assert parse.parse_mix(text, BOUNDS, WHY) == (1,)
+    assert parse.parse_words(text, "mix", BOUNDS, WHY) == {"why": longest}
+    assert parse.parse_select('{"why":"","parents":[4]}', [4, 5], 1, WHY) == (4,)
+    assert parse.parse_vectors('{"why":"","rates":[10,20,30]}', LAYERED, WHY).mlp == (10, 20, 30)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"why": "x" * 201, "from_second": [1]}, '"why" has 201 characters, allowed 200'),
+        ({"why": 7, "from_second": [1]}, '"why" is 7, want text'),
+        ({"why": None, "from_second": [1]}, '"why" is null, want text'),
+        ({"why": ["x"], "from_second": [1]}, "want text"),
+        ({"from_second": [1]}, "want an object with why, from_second"),
+        ({"why": "x", "lesson": "x", "from_second": [1]}, "want an object with why, from_second"),
+    ],
+)
+def test_hostile_words(data: dict[str, Any], message: str) -> None:
+    for read in (
+        lambda text: parse.parse_mix(text, BOUNDS, WHY),
+        lambda text: parse.parse_words(text, "mix", BOUNDS, WHY),
+    ):
+        with pytest.raises(ReplyError) as caught:
+            read(json.dumps(data))
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("plain é 😀 \n", "plain é 😀 \n"),
+        ("a\0b", "a\ufffdb"),
+        ("a\ud800b", "a\ufffdb"),
+        ("a\udc00", "a\ufffd"),
+        ("\ud83d\ude00", "😀"),
+        ("\ufeffx", "\ufeffx"),
+    ],
+)
+def test_clean_text_is_utf_8(text: str, cleaned: str) -> None:
+    assert parse.clean(text) == cleaned
+    assert parse.clean(cleaned) == cleaned
+
+
+@given(st.text(st.characters(), max_size=50))  # lone surrogates included
+def test_clean_never_fails(text: str) -> None:
+    cleaned = parse.clean(text)
+    assert cleaned.encode("utf-8").decode() == cleaned
+    assert "\0" not in cleaned
+
+
 def test_moves() -> None:
     text = '{"moves":[{"block":"attention","take_from":0,"give_to":2,"units":2}]}'
     assert parse.parse_moves(text, BOUNDS) == (Move("attention", 0, 2, 2),)
@@ -42,7 +119,16 @@ def test_mix_and_select() -> None:
         ("", "not one JSON object"),
         ("Sure! Here is a plan.", "not one JSON object"),
         ('{"attention":[0,0,0],"mlp":[0,0', "not one JSON object"),
-        ('{"attention":[0,0,0],"mlp":[0,0,0]} done', "not one JSON object"),
+        ('Plan: {"attention":[0,0,0]} done', "want an object with attention, mlp"),
+        ('Plan: {"attention":[0,0,0],"mlp":[0,0,0],"x":1}', "want an object with attention, mlp"),
+        ('Plan: [{"answer":{"attention":[0,0,0],"mlp":[0,0,0]}}]', "want an object with"),
+        ('Plan: {"attention":[0,0,0],"mlp":[0,0,91]}', '"mlp", entry 3 is 91, allowed 0 to 90'),
+        ('So: {"attention":[0,0,0],"attention":[0,0,0],"mlp":[0,0,0]}', "same key twice"),
+        ('So: {"attention":[0,0,0],"mlp":[0,NaN,0]}', "NaN"),
+        ('So: {"attention":[0,0,0],"mlp":[0,' + "9" * 5000 + ",0]}", "too long"),
+        ('<think>{"attention":[0,0,0],"mlp":[0,0,0]}', "not one JSON object"),
+        ('<think>{"attention":[0,0,0],"mlp":[0,0,0]}</think> Done.', "not one JSON object"),
+        ("{ " * 32 + '{"attention":[0,0,0],"mlp":[0,0,0]}', "not one JSON object"),
         ("[1,2,3]", "want an object with attention, mlp"),
         ('{"attention":[0,0,0]}', "want an object with attention, mlp"),
         ('{"attention":[0,0,0],"mlp":[0,0,0],"x":1}', "want an object with attention, mlp"),
@@ -61,6 +147,11 @@ def test_mix_and_select() -> None:
         ('{"attention":[0,0,0],"mlp":[0,' + "9" * 400 + ",0]}", "allowed 0 to 90"),
         ("[" * 19_000, ""),
         ('{"a":' * 3000, ""),
+        ("So: " + '{"a":' * 3000, ""),
+        ("So: " + "{" * 19_000, "not one JSON object"),
+        ("So: " + '{"a":[' * 3000, ""),
+        ('{"attention":"\ud800","mlp":"\udfff"}', "want a list"),
+        ("\ud800\0\udfff{", "not one JSON object"),
         ("x" * 20_001, "20001 characters, allowed 20000"),
     ],
 )
@@ -104,7 +195,10 @@ def test_hostile_mix_and_select() -> None:
         parse.parse_select('{"parents":[4]}', [4, 5, 7], 2)
 
 
-@given(st.one_of(st.text(max_size=200), st.binary(max_size=80).map(lambda b: b.decode("latin-1"))))
+anything = st.text(st.characters(), max_size=200)  # lone surrogates included
+
+
+@given(st.one_of(anything, st.binary(max_size=80).map(lambda b: b.decode("latin-1"))))
 def test_any_text_gives_a_proposal_or_a_reply_error(text: str) -> None:
     for read in (parse.parse_vectors, parse.parse_moves, parse.parse_mix):
         with pytest.raises(ReplyError):
@@ -118,9 +212,15 @@ json_values = st.recursive(
 )
 
 
-@given(st.sampled_from(["moves", "from_second", "attention"]), json_values)
-def test_any_value_under_the_right_key_is_survived(key: str, value: Any) -> None:
+around = st.text(st.sampled_from('{}[]":,<think>/ \n`a'), max_size=20)
+
+
+@given(st.sampled_from(["moves", "from_second", "attention"]), json_values, around, around)
+def test_any_value_under_the_right_key_is_survived(
+    key: str, value: Any, before: str, after: str
+) -> None:
     text = json.dumps({key: value} if key != "attention" else {key: value, "mlp": value})
+    text = before + text + after
     for read in (parse.parse_vectors, parse.parse_moves, parse.parse_mix):
         with contextlib.suppress(ReplyError):
             read(text, BOUNDS)
@@ -133,7 +233,7 @@ def numbers_are_bounded(schema: dict[str, Any]) -> bool:
     if kind == "array":
         return {"minItems", "maxItems"} <= set(schema) and numbers_are_bounded(schema["items"])
     if kind == "string":
-        return bool(schema["enum"])
+        return "maxLength" in schema or bool(schema["enum"])
     closed = schema["additionalProperties"] is False
     return (
         closed
@@ -149,6 +249,8 @@ def test_schemas_are_closed_and_bounded() -> None:
         parse.moves_schema(BOUNDS),
         parse.mix_schema(BOUNDS),
         parse.select_schema([3, 1], 2),
+        parse.moves_schema(BOUNDS, ("hypothesis",)),
+        parse.select_schema([3, 1], 2, ("lesson",)),
     ):
         assert numbers_are_bounded(schema)
     assert list(parse.vectors_schema(LAYERED)["properties"]) == ["rates"]

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import agent.graph
 from agent.candidate import Candidate
-from agent.graph import SearchResult, build_graph, run_search
+from agent.graph import SearchResult, build_graph, picture, run_search
 from agent.ledger import Ledger
 from agent.nodes import NOT_FINITE
 from agent.state import SearchContext
@@ -42,8 +43,8 @@ HOSTILE = [
 ]
 
 
-def run(context: SearchContext, folder: Path) -> SearchResult:
-    return run_search(context, folder / "checkpoints.sqlite")
+def run(context: SearchContext, folder: Path, **options: Any) -> SearchResult:
+    return run_search(context, folder / "checkpoints.sqlite", **options)
 
 
 def without_seconds(ledger: Ledger) -> list[dict[str, Any]]:
@@ -90,7 +91,6 @@ def test_allocators_without_search_score_one_plan(
     assert (result.evaluations, result.stopped) == (1, "no search")
     assert (result.best.operator, result.best.origin) == (allocator, "heuristic")
     assert result.best.accuracy == 0.5
-    assert not (tmp_path / "checkpoints.sqlite").exists()
 
 
 def test_evolution_beats_random_at_equal_evaluations(scene: Scene, tmp_path: Path) -> None:
@@ -108,8 +108,7 @@ def test_evolution_beats_random_at_equal_evaluations(scene: Scene, tmp_path: Pat
 def test_the_best_of_each_generation_is_assessed(scene: Scene, tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
     context = scene(evaluations=32)
-    object.__setattr__(context, "on_event", events.append)
-    result = run(context, tmp_path)
+    result = run(context, tmp_path, on_event=events.append)
     groups: dict[int, list[Candidate]] = {}
     for candidate in context.ledger.candidates():
         groups.setdefault(candidate.generation, []).append(candidate)
@@ -209,12 +208,12 @@ def test_moves_go_as_far_as_the_layers_allow(scene: Scene, tmp_path: Path) -> No
     assert context.ledger.lines()[1].outcome == message
 
 
-def test_duplicates_are_replaced_and_logged(scene: Scene, tmp_path: Path) -> None:
+def test_duplicates_are_replaced_and_counted(scene: Scene, tmp_path: Path) -> None:
     context = scene(allocator="llm", evaluations=8, replies=[MOVES[0]])
     result = run(context, tmp_path)
     assert result.origins == {"heuristic": 1, "llm": 1, "fallback": 6}
-    outcomes = [x.outcome.split(":")[0] for x in context.ledger.lines()]
-    assert Counter(outcomes) == {"accepted": 1, "duplicate": 6}
+    assert {x.outcome for x in context.ledger.lines()} == {"accepted"}
+    assert (result.duplicates, len(context.ledger.lines())) == (6, 7)
     assert context.driver.batches == [7]  # type: ignore[union-attr]
 
 
@@ -226,16 +225,27 @@ def test_the_classical_share_is_not_asked(scene: Scene, tmp_path: Path) -> None:
     assert run(whole, tmp_path / "whole").llm_calls == 0
 
 
-@pytest.mark.parametrize("tokens", [0, 1500, 4000])
-def test_the_limit_on_tokens_is_never_passed(scene: Scene, tmp_path: Path, tokens: int) -> None:
-    context = scene(allocator="llm", replies=MOVES, tokens=tokens)
+@pytest.mark.parametrize(
+    ("limit", "value"),
+    [("tokens", 0), ("tokens", 1500), ("tokens", 4000), ("calls", 0), ("calls", 9), ("cost", 0.01)],
+)
+def test_a_limit_on_the_llm_is_never_passed_and_ends_the_search(
+    scene: Scene, tmp_path: Path, limit: str, value: float
+) -> None:
+    context = scene(allocator="llm", replies=MOVES, price=5.0, **{limit: value})
     result = run(context, tmp_path)
-    assert result.llm_tokens <= tokens
-    assert result.evaluations == 40
-    assert (result.llm_calls == 0) == (tokens == 0)
-    skipped = [x for x in context.ledger.lines() if x.outcome.startswith("skipped")]
-    assert skipped
+    assert getattr(result, f"llm_{limit}") <= value
+    assert result.stopped == limit
+    assert 1 <= result.evaluations < 40
+    assert (result.llm_calls == 0) == (value == 0)
+    skipped = [x for x in context.ledger.lines() if x.is_skipped]
+    assert {x.outcome for x in skipped} == {f"skipped: search.{limit}"}
     assert all(x.reply is None for x in skipped)
+
+
+def test_a_limit_without_a_seed_plan_leaves_one_plan(scene: Scene, tmp_path: Path) -> None:
+    result = run(scene(allocator="llm", replies=MOVES, tokens=0, seed_plan=False), tmp_path)
+    assert (result.evaluations, result.stopped, result.best.origin) == (1, "tokens", "heuristic")
 
 
 def test_the_limit_on_seconds_ends_the_search(scene: Scene, tmp_path: Path) -> None:
@@ -307,13 +317,15 @@ def test_an_interrupted_search_resumes_to_the_same_end(
     folder = tmp_path / "cut"
     first = scene(allocator="llm", replies=MOVES, folder=folder)
     assert first.driver is not None
+    options = {}
     if place == "driver":
         object.__setattr__(first.driver, "complete", Stop(first.driver.complete, calls))
+    elif place == "on_event":
+        options["on_event"] = Stop(lambda _: None, 9 * calls)
     else:
-        times = 9 * calls if place == "on_event" else calls
-        object.__setattr__(first, place, Stop(getattr(first, place), times))
+        object.__setattr__(first, place, Stop(getattr(first, place), calls))
     with pytest.raises(KeyboardInterrupt):
-        run(first, folder)
+        run(first, folder, **options)
     scored = len(first.ledger.candidates())
 
     second = scene(allocator="llm", replies=MOVES, folder=folder)
@@ -358,3 +370,18 @@ def test_the_search_core_does_not_load_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_picture_in_the_readme_is_the_graph() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"```mermaid\n{picture()}\n```" in readme
+
+
+def test_langgraph_dev_finds_the_graph() -> None:
+    house = Path(__file__).parents[2]
+    named = json.loads((house / "langgraph.json").read_text())["graphs"]["search"]
+    file, _, name = named.partition(":")
+    assert (house / file).resolve() == Path(str(agent.graph.__file__)).resolve()
+    compiled = getattr(agent.graph, name)()
+    assert compiled.checkpointer is None
+    assert set(compiled.nodes) > {"generate", "evaluate", "record", "select"}

@@ -1,0 +1,65 @@
+"""Several drivers in order: the next one takes over what the one before could not answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from agent.drivers.driver import Completion, Driver, DriverError, MayRetry, Request
+
+Open = Callable[[], Driver]
+
+
+class ChainDriver:
+    """Opens a driver when it is first needed; one that gave up is not asked again."""
+
+    def __init__(self, openers: Sequence[Open]) -> None:
+        """Take what opens each driver, in order, at least one; each may raise DriverError."""
+        self._openers = list(openers)
+        self._driver: Driver | None = None
+        self._reasons: list[str] = []
+
+    def complete(self, requests: Sequence[Request], may_retry: MayRetry) -> Iterator[Completion]:
+        """Yield every try of the driver in charge, and of the next ones at what is left.
+
+        Raises:
+            DriverError: all drivers gave up.
+        """
+        left = list(range(len(requests)))
+        while self._openers:
+            asked = list(left)
+            try:
+                driver = self._in_charge()
+                batch = [requests[i] for i in asked]
+                # Bound now: the driver ends with this round.
+                permit = _renumbered(may_retry, asked)
+                for completion in driver.complete(batch, permit):
+                    number = asked[completion.request]
+                    if completion.text is not None:
+                        left.remove(number)
+                    yield replace(completion, request=number)
+            except DriverError as error:
+                self._give_up(str(error))
+            else:
+                return
+        raise DriverError("; then ".join(self._reasons))
+
+    def close(self) -> None:
+        """Close the driver in charge."""
+        if self._driver is not None:
+            self._driver.close()
+
+    def _in_charge(self) -> Driver:
+        if self._driver is None:
+            self._driver = self._openers[0]()
+        return self._driver
+
+    def _give_up(self, reason: str) -> None:
+        self.close()
+        self._reasons.append(reason)
+        self._openers.pop(0)
+        self._driver = None
+
+
+def _renumbered(may_retry: MayRetry, asked: Sequence[int]) -> MayRetry:
+    return lambda i: may_retry(asked[i])

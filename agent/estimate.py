@@ -1,0 +1,39 @@
+"""What a search will ask of its LLM, before the first call."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from agent.operators import is_asked
+from agent.questions import Slot, plan_question
+from agent.state import SearchContext
+
+_BYTES_PER_TOKEN = 3.5  # of prompts that hold many numbers
+_REPAIRS = 1.25  # calls for one proposal, as a guess
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """About how many calls, tokens and how much money a whole search takes."""
+
+    calls: int
+    tokens: int
+    cost: float
+
+
+def estimate(context: SearchContext) -> Estimate:
+    """Return a guess from the first prompt, the longest reply being used to a half."""
+    settings, driver = context.settings, context.driver_settings
+    if settings.allocator != "llm":
+        return Estimate(0, 0, 0.0)
+    first = min(settings.population, settings.evaluations)
+    brood = settings.crossover + settings.mutate
+    generations = math.ceil((settings.evaluations - first) / brood)
+    asked = sum(is_asked(context, i) for i in range(settings.evaluations))
+    calls = math.ceil((asked + generations) * _REPAIRS)
+    calls = calls if settings.calls is None else min(calls, settings.calls)
+    messages = plan_question(context, Slot(0, 1, "generate")).messages
+    prompt = round(sum(len(m["content"].encode()) for m in messages) / _BYTES_PER_TOKEN)
+    reply = driver.max_tokens // 2
+    return Estimate(calls, calls * (prompt + reply), calls * driver.price.of(prompt, reply))

@@ -1,0 +1,76 @@
+"""Facts about a search that a strategy switches on: as single values or as labelled lines."""
+
+from __future__ import annotations
+
+from agent import trajectory
+from agent.ledger import ORDER
+from agent.view import View
+from prompts.library import FACTS
+
+_LABELS = {
+    "best": "Best so far: ",
+    "worst": "Worst of the population: ",
+    "failed": "Changes that did not help (m5-2: two MLP steps fewer in layer 5; a: attention):\n",
+    "latency": "Time of a forward pass: ",
+    "remaining": "Left: ",
+}
+
+
+def facts(view: View) -> str:
+    """Return a line for each fact that the strategy shows and that there is yet."""
+    strategy = view.context.strategy
+    shown = () if strategy is None else strategy.shows
+    told = {name: fact(view, name) for name in FACTS if name in shown}
+    return "\n".join(f"{_LABELS[name]}{text}" for name, text in told.items() if text)
+
+
+def fact(view: View, name: str) -> str:
+    """Return the value of one of `FACTS`, nothing where there is none yet."""
+    tellers = {
+        "best": best,
+        "worst": worst,
+        "failed": trajectory.failed,
+        "latency": latency,
+        "remaining": remaining,
+    }
+    return tellers[name](view)
+
+
+def best(view: View) -> str:
+    """Return the fittest candidate."""
+    pool = view.context.ledger.best(1, before=view.generation)
+    return view.told(pool[0]) if pool else ""
+
+
+def worst(view: View) -> str:
+    """Return the least fit of the candidates that survive, where that is not the best as well."""
+    count = view.context.settings.population
+    pool = view.context.ledger.best(count, before=view.generation)
+    return view.told(pool[-1]) if len(pool) > 1 else ""
+
+
+def latency(view: View) -> str:
+    """Return the microseconds that a unit of either block takes."""
+    cost = view.context.unit_latency
+    if cost is None:
+        return "not measured"
+    mlp = f"an MLP step takes {cost[1]:.3g} us"
+    if len(view.context.grid.attention) == 1:
+        return mlp
+    return f"an attention unit takes {cost[0]:.3g} us, {mlp}"
+
+
+def remaining(view: View) -> str:
+    """Return what this generation and the later ones may spend, of every limit that is set."""
+    settings, spent = view.context.settings, view.context.ledger.charged(view.generation, ORDER[0])
+    limits = {
+        "evaluations": (settings.evaluations, len(view.past)),
+        "calls": (settings.calls, spent.calls),
+        "tokens": (settings.tokens, spent.tokens),
+        "money": (settings.cost, spent.cost),
+    }
+    return ", ".join(
+        f"{max(0, limit - used):.7g} of {limit:.7g} {name}"
+        for name, (limit, used) in limits.items()
+        if limit is not None
+    )
