@@ -3,23 +3,39 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
 PIP_ARGS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint clean
+.PHONY: help venv venv-vllm demo demo-vllm test soak lint clean
+
+define check-python
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "$(PYTHON) is older than 3.11; choose another: make PYTHON=python3.11 ..." >&2; exit 1; }
+endef
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 venv: $(STAMP)  ## create .venv and fill it (PYTHON=python3.11 chooses the interpreter)
 
 $(STAMP): pyproject.toml constraints.txt requirements-nodeps.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "$(PYTHON) is older than 3.11; choose another: make PYTHON=python3.11 ..." >&2; exit 1; }
+	$(check-python)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps -r requirements-nodeps.txt
+	@touch $@
+
+venv-vllm: $(VLLM_STAMP)  ## create .venv-vllm, in which a vLLM server runs on this CPU (2.5 GB)
+
+# torch first and with what it asks for: that differs from build to build.
+$(VLLM_STAMP): requirements-vllm.txt
+	$(check-python)
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install $(PIP_ARGS) -c requirements-vllm.txt torch
+	$(VLLM_VENV)/bin/python -m pip install $(PIP_ARGS) --no-deps -r requirements-vllm.txt
 	@touch $@
 
 demo: $(STAMP)  ## prune a real 135M model on this CPU; the report is runs/demo/report.html
@@ -28,8 +44,18 @@ demo: $(STAMP)  ## prune a real 135M model on this CPU; the report is runs/demo/
 	$(BIN)/selfpruner compress configs/demo.yaml --out runs/demo $(ARGS)
 	@echo "open runs/demo/report.html"
 
-test: $(STAMP)  ## run all tests
+demo-vllm: $(STAMP) $(VLLM_STAMP)  ## the demo, driven by a vLLM server that the command starts
+	@case ' $(ARGS) ' in *' --replace '*) ;; *) test ! -e runs/demo-vllm || \
+		{ echo "runs/demo-vllm exists: make demo-vllm ARGS=--replace runs it anew" >&2; exit 2; } ;; esac
+	$(BIN)/selfpruner compress configs/demo.yaml --out runs/demo-vllm \
+		--set driver.kind=vllm --set driver.python=$(VLLM_VENV)/bin/python $(ARGS)
+	@echo "open runs/demo-vllm/report.html"
+
+test: $(STAMP)  ## run all tests but the soak
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: $(STAMP)  ## kill and resume searches many times, and the demo itself (half an hour)
+	$(BIN)/python -m pytest -m soak $(ARGS)
 
 lint: $(STAMP)  ## style, types and the arrows between rooms
 	$(BIN)/ruff check .
@@ -37,6 +63,6 @@ lint: $(STAMP)  ## style, types and the arrows between rooms
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-clean:  ## remove .venv and caches (never runs/)
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
+clean:  ## remove .venv, .venv-vllm and caches (never runs/)
+	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
