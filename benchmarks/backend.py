@@ -9,23 +9,28 @@ folder both are the packaged passages; with one, calibration is C4 and the repor
 from __future__ import annotations
 
 import argparse
+import math
+import statistics
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from agent import allocators
-from benchmarks.cells import run_cells
-from evaluators.perplexity import perplexity
+from evaluators.perplexity import window_losses
 from pruning.elastic import ElasticModel
 from pruning.elastic_layer import Recipe
 from pruning.plan import Plan
 from pruning.refit import refit
 from pruning.slicing import sliced
+from selfpruner.cells import Cell, Row, run_cells
 from selfpruner.config import RunConfig
 from selfpruner.progress import Progress
 from selfpruner.workbench import Workbench, prepare, quiet_libraries
 
+RESULTS = Path(__file__).parent / "results" / "backend.jsonl"
 SHARE = 0.7
 METRIC = "wifv"
 RIDGE = 0.1
@@ -47,12 +52,34 @@ def main() -> None:
     bench = cache(lambda: _bench(root))
     ranked = cache(lambda name: _ranked(bench(), name))
     plan = cache(lambda: _plan(bench(), ranked("least_squares")))
-    rows = run_cells("backend", cells, lambda cell: _figures(cell, bench(), ranked, plan))
-    print("| reconstruction | refit | perplexity |\n|---|---|---|")
+    dense = cache(lambda: _losses(bench(), bench().model))
+
+    def figures(cell: Cell) -> dict[str, Any]:
+        return _figures(cell, bench(), ranked(cell["reconstruction"]), plan()) | {
+            "dense": math.exp(statistics.fmean(dense()))
+        }
+
+    rows = run_cells(RESULTS, cells, figures)
+    print(_table(rows))
+
+
+def _table(rows: list[Row]) -> str:
+    """Return perplexities, and log perplexities minus those of `bias`, paired by window."""
+    lines = [
+        "| reconstruction | refit | perplexity | log perplexity minus bias, paired |",
+        "|---|---|---:|---:|",
+    ]
     for row in rows:
-        cell, figures = row["cell"], row["figures"]
-        print(f"| {cell['reconstruction']} | {cell['refit']} | {figures['perplexity']:.2f} |")
-    print(f"dense {rows[0]['figures']['dense']:.2f}")
+        cell, losses = row["cell"], row["figures"]["losses"]
+        rival = {**cell, "reconstruction": "bias"}
+        others = next(x["figures"]["losses"] for x in rows if x["cell"] == rival)
+        gaps = [a - b for a, b in zip(losses, others, strict=True)]
+        error = statistics.stdev(gaps) / math.sqrt(len(gaps))
+        lines.append(
+            f"| {cell['reconstruction']} | {cell['refit']} | "
+            f"{row['figures']['perplexity']:.2f} | {statistics.fmean(gaps):+.4f} ± {error:.4f} |"
+        )
+    return "\n".join([*lines, f"dense {rows[0]['figures']['dense']:.2f}"])
 
 
 def _bench(root: str | None) -> Workbench:
@@ -88,20 +115,26 @@ def _plan(bench: Workbench, elastic: ElasticModel) -> Plan:
     return bench.grid.plan(allocators.heuristic(bench.space, errors))
 
 
-def _figures(cell: dict[str, Any], bench: Workbench, ranked: Any, plan: Any) -> dict[str, Any]:
-    model = sliced(ranked(cell["reconstruction"]), plan())
+def _figures(cell: Cell, bench: Workbench, elastic: ElasticModel, plan: Plan) -> dict[str, Any]:
+    model = sliced(elastic, plan)
     if cell["refit"]:
-        refit(model, bench.model, bench.family, bench.texts.calibrate)
-    (windows,) = bench.texts.report.values()
-    found = perplexity(model, windows, batch_size=4)
+        orders = elastic.orders(plan)
+        refit(model, bench.model, bench.family, orders, bench.texts.calibrate)
+    losses = _losses(bench, model)
     return {
-        "perplexity": found.value,
-        "stderr": found.stderr,
-        "dense": perplexity(bench.model, windows, batch_size=4).value,
+        "perplexity": math.exp(statistics.fmean(losses)),
+        "losses": [round(x, 6) for x in losses],
         "calibration_tokens": bench.texts.calibrate.numel(),
-        "report_tokens": windows.numel(),
-        "plan": plan().key,
+        "report_tokens": sum(x.numel() for x in bench.texts.report.values()),
+        "plan": plan.key,
     }
+
+
+def _losses(bench: Workbench, model: nn.Module) -> list[float]:
+    """Return the mean negative log-likelihood of every report window."""
+    (windows,) = bench.texts.report.values()
+    losses: list[float] = window_losses(model, windows, batch_size=4).tolist()
+    return losses
 
 
 if __name__ == "__main__":

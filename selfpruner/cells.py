@@ -7,24 +7,39 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+Cell = dict[str, Any]
+Row = dict[str, Any]
 
 
-def run_cells(
-    name: str, cells: list[dict[str, Any]], run: Callable[[dict[str, Any]], dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Return the rows (cell and figures) of an experiment; run only those not yet on file.
+def run_cells(path: Path, cells: list[Cell], run: Callable[[Cell], dict[str, Any]]) -> list[Row]:
+    """Return the rows (`cell` and `figures`) of an experiment; run only those not yet on file.
 
-    Rows live in `results/<name>.jsonl`, flushed one by one.
+    Rows live in the file `path`, one JSON line each, written when its cell is done.
+
+    Raises:
+        ValueError: a line of the file cannot be read.
     """
-    path = RESULTS / f"{name}.jsonl"
-    known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    known = _rows(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for cell in cells:
         row = next((x for x in known if x["cell"] == cell), None)
         if row is None:
             row = {"cell": cell, "figures": run(cell)}
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+        rows.append(row)
+    return rows
+
+
+def _rows(path: Path) -> list[Row]:
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
+        if not isinstance(row, dict) or set(row) != {"cell", "figures"}:
+            raise ValueError(f"{path}, line {number}: want an object with cell and figures")
         rows.append(row)
     return rows

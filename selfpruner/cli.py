@@ -1,14 +1,22 @@
-"""The command `selfpruner`: compress, evaluate, speed, report."""
+"""The command `selfpruner`: compress, resume, evaluate, speed, experiment, report."""
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+
+from agent.drivers.driver import DriverError
+from selfpruner.stopping import TerminatedError
+
+if TYPE_CHECKING:
+    from selfpruner.config import RunConfig
+    from selfpruner.run_folder import RunFolder
 
 main = typer.Typer(
     help="Compress a pretrained LLM by structured pruning that an LLM drives.",
@@ -51,21 +59,45 @@ def compress(
     folder = out or Path("runs") / config.stem
     with _plain_errors(folder):
         from selfpruner.config import load_config
-        from selfpruner.progress import Progress
         from selfpruner.run_folder import RunFolder
 
         settings = list(setting or []) + (["evaluation.samples=null"] if full else [])
         run = load_config(config, model=model, budget=budget, settings=settings)
         run_folder = RunFolder.create(folder, run, replace=replace)
-        from selfpruner import pipeline
+        _run(run, run_folder)
 
+
+@main.command()
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that was stopped.")],
+) -> None:
+    """Go on with a run that was stopped or killed; nothing that was paid for is lost."""
+    with _plain_errors(run):
+        from selfpruner.config import parse_config
+        from selfpruner.run_folder import RunFolder
+
+        folder = RunFolder.open(run)
+        if folder.results.is_file() and folder.report.is_file():
+            typer.echo(f"finished already; report: {folder.report}")
+            return
+        text = folder.config.read_text(encoding="utf-8")
+        _run(parse_config(text, str(folder.config)), folder)
+
+
+def _run(config: RunConfig, folder: RunFolder) -> None:
+    """Run the pipeline in `folder` and name the report."""
+    from selfpruner import pipeline
+    from selfpruner.progress import Progress
+    from selfpruner.stopping import terminable
+
+    with folder.locked(), terminable():
         try:
             with Progress() as progress:
-                report_file = pipeline.compress(run, run_folder, progress)
+                report_file = pipeline.compress(config, folder, progress)
         except (ValueError, OSError):
-            run_folder.remove_if_unused()
+            folder.remove_if_unused()
             raise
-        typer.echo(f"report: {report_file}")
+    typer.echo(f"report: {report_file}")
 
 
 @main.command()
@@ -127,6 +159,33 @@ def speed(
 
 
 @main.command()
+def experiment(
+    config: Annotated[
+        Path, typer.Argument(help="Experiment, such as configs/experiments/prompts.yaml.")
+    ],
+    *,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of its searches; runs/experiments/CONFIG.")
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="File of finished cells; benchmarks/results/CONFIG.jsonl."),
+    ] = None,
+) -> None:
+    """Compare ways of proposing plans over seeds; finished cells are never run twice."""
+    folder = out or Path("runs") / "experiments" / config.stem
+    with _plain_errors():
+        from selfpruner import experiment as study
+        from selfpruner.experiment_table import tables
+        from selfpruner.progress import Progress
+
+        file = results or Path("benchmarks") / "results" / f"{config.stem}.jsonl"
+        with Progress() as progress:
+            rows = study.experiment(config, folder, file, progress)
+        typer.echo(tables(rows))
+
+
+@main.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
     *,
@@ -150,23 +209,32 @@ def _plain_errors(folder: Path | None = None) -> Iterator[None]:
     """Say what a user can mend in one line and exit 2; leave the rest its traceback.
 
     A ValueError counts as the user's when one of the rooms raised it itself; one from inside a
-    library is a defect of ours. Ctrl-C exits 130.
+    library is a defect of ours. A stop by a signal exits 128 plus its number, drivers that gave
+    up exit 75 (try again later).
     """
     try:
         yield
-    except KeyboardInterrupt:
-        where = f"; the run folder is {folder}" if folder and folder.is_dir() else ""
-        typer.echo(f"selfpruner: stopped{where}", err=True)
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as error:
+        number = signal.SIGTERM if isinstance(error, TerminatedError) else signal.SIGINT
+        _stop(f"stopped by {number.name}", 128 + number, folder)
     except ValueError as error:
         if not _raised_here(error):
             raise
         _complain(str(error))
         raise typer.Exit(2) from None
+    except DriverError as error:
+        _stop(" ".join(str(error).split()), 75, folder)
     except OSError as error:
         named = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         _complain(" ".join((named or str(error)).split()))
         raise typer.Exit(2) from None
+
+
+def _stop(message: str, code: int, folder: Path | None) -> NoReturn:
+    """Leave with a line that says how to go on."""
+    goes_on = folder is not None and folder.is_dir()
+    _complain(f"{message}; `selfpruner resume {folder}` goes on" if goes_on else message)
+    raise typer.Exit(code) from None
 
 
 def _complain(message: str) -> None:

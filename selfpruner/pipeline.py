@@ -3,59 +3,55 @@
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from agent.drivers.driver import Driver
-from agent.graph import SearchResult, run_search
+from agent.graph import SearchResult
 from agent.ledger import Ledger
-from agent.state import SearchContext
-from evaluators.choices import ChoiceItem, EncodedChoices, encode_choices
-from prompts.library import Strategy, load_strategy
 from pruning.elastic import Prunable
 from pruning.export import export, is_stock
 from pruning.plan import Plan
 from pruning.ranking import order_hash
+from selfpruner.arena import Arena
 from selfpruner.config import RunConfig
-from selfpruner.data import load_choice_items
 from selfpruner.finishing import control_models, finish, mean_fitness
 from selfpruner.fitness import Fitness
 from selfpruner.model_card import model_card
 from selfpruner.progress import Progress
 from selfpruner.report import write_report
 from selfpruner.run_folder import RunFolder
-from selfpruner.speed_model import SpeedModel, fit_speed
+from selfpruner.searching import check_words_and_drivers, search
 from selfpruner.verdict import Outcome, verdict
-from selfpruner.workbench import Workbench, prepare, quiet_libraries, rank
+from selfpruner.workbench import Workbench, prepare, quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def compress(config: RunConfig, folder: RunFolder, progress: Progress) -> Path:
-    """Run every stage and return the path of the report.
+    """Run every stage and return the path of the report; a search begun in `folder` goes on.
 
     Raises:
         ValueError: what is asked for cannot be had; one line.
         OSError: the run folder cannot be written.
+        DriverError: all drivers of the search gave up.
+        KeyboardInterrupt: a signal stopped it; the search stops between two steps.
     """
     quiet_libraries()
     torch.manual_seed(config.seed)
-    strategy = load_strategy(config.search.strategy) if _asks_llm(config) else None
+    check_words_and_drivers(config)
     bench = prepare(config, progress)
     _check_disk(bench, folder)
-    prunable, errors = rank(bench, progress)
-    score, selection, speed = _judges_of_plans(bench, prunable, progress)
-    found = _search(bench, folder, score, speed, errors, strategy, progress)
+    arena = Arena.open(bench, folder, progress)
+    found = search(arena, config, folder, progress)
+    prunable, selection = arena.prunable, arena.selection
     best, selected = _selected(found, selection)
     _write_plan(bench, prunable, best, folder)
     model, refitted = finish(bench, prunable, best, selection, progress)
     controls, warnings = control_models(bench, prunable, selection, progress)
-    del prunable, score, selection
+    del prunable, selection, arena
     pruned = export(model, bench.tokenizer, folder.model, getattr(torch, config.export.dtype))
     _check_export(pruned, folder.model, bench)
     outcome = Outcome(best, found, selected, refitted, controls, warnings)
@@ -81,115 +77,6 @@ def _check_disk(bench: Workbench, folder: RunFolder) -> None:
         raise ValueError(
             f"{folder}: {free / 1e6:.0f} MB are free, the pruned model needs {needed / 1e6:.0f} MB"
         )
-
-
-def _asks_llm(config: RunConfig) -> bool:
-    return config.search.allocator == "llm"
-
-
-def _judges_of_plans(
-    bench: Workbench, prunable: Prunable, progress: Progress
-) -> tuple[Fitness, Fitness, SpeedModel]:
-    """Return the fitness on search tokens, the same on selection tokens, and predicted speed."""
-    config = bench.config
-    with progress.stage("speed model"):
-        speed = fit_speed(
-            prunable, bench.grid, bench.architecture.layers, tokens=config.data.length
-        )
-    score, selection = (
-        Fitness(
-            prunable,
-            bench.model,
-            bench.family,
-            config.fitness,
-            tokens,
-            choices=_choices(bench),
-            speed=speed,
-            batch_size=config.evaluation.batch_size,
-        )
-        for tokens in (bench.texts.search, bench.texts.select)
-    )
-    return score, selection, speed
-
-
-def _choices(bench: Workbench) -> EncodedChoices | None:
-    data = bench.config.data
-    if not data.choices:
-        return None
-    rows = load_choice_items(data.choices, bench.config.seed, data.root)
-    items = [ChoiceItem(x["context"], tuple(x["choices"]), x["gold"]) for x in rows]
-    return encode_choices(bench.tokenizer, items)
-
-
-def _search(
-    bench: Workbench,
-    folder: RunFolder,
-    score: Fitness,
-    speed: SpeedModel,
-    errors: Any,
-    strategy: Strategy | None,
-    progress: Progress,
-) -> SearchResult:
-    """Return the outcome of the search within the budget of evaluations."""
-    config = bench.config
-
-    def assess(plan: Plan) -> dict[str, float]:
-        facts = {"speedup": speed.speedup(plan)}
-        return facts | ({"accuracy": score.accuracy(plan)} if config.data.choices else {})
-
-    with progress.stage("search", config.search.evaluations) as advance:
-        context = SearchContext(
-            settings=config.search,
-            driver_settings=config.driver,
-            seed=config.seed,
-            grid=bench.grid,
-            budget=bench.budget,
-            score=score,
-            sequences=range(score.num_sequences),
-            sensitivity=errors,
-            assess=assess,
-            driver=_driver(bench) if strategy else None,
-            strategy=strategy,
-            ledger=Ledger(folder.path),
-            clock=time.monotonic,
-            on_event=_narrator(advance, progress),
-        )
-        return run_search(context, folder.checkpoints)
-
-
-def _narrator(advance: Callable[..., None], progress: Progress) -> Callable[[dict[str, Any]], None]:
-    """Return a listener that moves the bar and prints a line a generation."""
-
-    def tell(event: dict[str, Any]) -> None:
-        if event["kind"] == "candidate":
-            advance()
-        elif event["kind"] == "generation":
-            facts = [f"generation {event['generation']}: fitness {event['best_fitness']:.4f}"]
-            if event["accuracy"] is not None:
-                facts.append(f"accuracy {event['accuracy']:.2f}")
-            if event["speedup"] is not None:
-                facts.append(f"predicted speedup {event['speedup']:.2f}x")
-            progress.note(", ".join(facts))
-
-    return tell
-
-
-def _driver(bench: Workbench) -> Driver:
-    """Return the in-process driver: the model being pruned, or another one."""
-    from agent.drivers.embedded import EmbeddedDriver
-    from pruning.loading import load
-
-    settings = bench.config.driver
-    model, tokenizer, name = bench.model, bench.tokenizer, bench.config.model
-    if settings.model is not None and settings.model != name:
-        name = settings.model
-        model, tokenizer = load(
-            name,
-            bench.model.dtype,
-            str(bench.model.device),
-            trust_remote_code=bench.config.trust_remote_code,
-        )
-    return EmbeddedDriver(model, tokenizer, name, settings.batch)
 
 
 def _selected(found: SearchResult, selection: Fitness) -> tuple[Plan, float]:

@@ -61,7 +61,11 @@ class BudgetNumbers(Record):
 
 
 class SearchNumbers(Record):
-    """How the plan was found. `driver` and `strategy` are None where no LLM took part."""
+    """How the plan was found. `driver` and `strategy` are None where no LLM took part.
+
+    `llm_failures` are calls without a reply, `duplicates` replies with a plan known already;
+    `stopped` names the limit that ended the search.
+    """
 
     allocator: str
     driver: str | None
@@ -69,7 +73,11 @@ class SearchNumbers(Record):
     evaluations: NonNegativeInt
     llm_calls: NonNegativeInt
     llm_tokens: NonNegativeInt
+    llm_cost: NonNegativeFloat
+    llm_failures: NonNegativeInt
+    duplicates: NonNegativeInt
     fallbacks: NonNegativeInt
+    stopped: str
     best_fitness: Finite
     selection_fitness: Finite
     wall_seconds: NonNegativeFloat

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from selfpruner.config import RunConfig
 from selfpruner.environment import environment
 
 _MARK = "selfpruner_run"
+_AT_START = {"config.yaml", "environment.json", ".lock"}
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,27 @@ class RunFolder:
             raise ValueError(f"{path}: not a run folder (no config.yaml and environment.json)")
         return cls(path)
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes of this program out of the folder for the block.
+
+        Raises:
+            ValueError: one is at work in it.
+        """
+        with (self.path / ".lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{self}: another process is at work in this folder") from None
+            yield
+
     def remove_if_unused(self) -> None:
         """Remove the folder again if nothing was added to it, so that its name stays free."""
-        if {path.name for path in self.path.iterdir()} <= {"config.yaml", "environment.json"}:
+        if {path.name for path in self.path.iterdir()} <= {
+            "config.yaml",
+            "environment.json",
+            ".lock",
+        }:
             shutil.rmtree(self.path)
 
     def __fspath__(self) -> str:
@@ -95,6 +115,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Where the search graph stood (SQLite)."""
         return self.path / "checkpoints.sqlite"
+
+    @property
+    def order(self) -> Path:
+        """Hash of the ranking that the plans of this run are read with."""
+        return self.statistics / "order.json"
 
     @property
     def statistics(self) -> Path:
@@ -180,12 +205,16 @@ def is_run_folder(path: Path) -> bool:
 def _make_room(path: Path, replace: bool) -> None:
     """Remove the run folder at `path`, if allowed to."""
     if not replace:
-        raise ValueError(f"{path}: exists; give --replace to remove it, or another --out")
+        raise ValueError(
+            f"{path}: exists; `selfpruner resume {path}` goes on with a run that is there, "
+            "--replace removes it, --out names another folder"
+        )
     if not is_run_folder(path):
         raise ValueError(f"{path}: not a run folder, so --replace does not remove it")
     if Path.cwd().resolve().is_relative_to(path.resolve()):
         raise ValueError(f"{path}: holds the current folder, so --replace does not remove it")
-    shutil.rmtree(path)
+    with RunFolder(path).locked():
+        shutil.rmtree(path)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,26 @@ class SpeedModel:
     def speedup(self, plan: Plan) -> float:
         """Return the predicted time of the dense model over that of `plan`."""
         return self.milliseconds(self.dense) / self.milliseconds(plan)
+
+    def per_unit(self, grid: Grid) -> tuple[float, float]:
+        """Return the microseconds of one attention unit and of one MLP step."""
+        heads = self.dense.layers[0].q_per_group if grid.unit == "kv_group" else 1
+        return 1000 * self.per_head * heads, 1000 * self.per_channel * grid.mlp[0]
+
+    def to_json(self) -> dict[str, float]:
+        """Return plain JSON data without the dense plan."""
+        return {
+            "base": self.base,
+            "per_head": self.per_head,
+            "per_channel": self.per_channel,
+            "tokens": self.tokens,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, float], dense: Plan) -> SpeedModel:
+        """Return the model that `to_json` wrote."""
+        slopes = data["base"], data["per_head"], data["per_channel"]
+        return cls(*slopes, dense, int(data["tokens"]))
 
 
 @torch.no_grad()

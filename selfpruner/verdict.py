@@ -130,7 +130,7 @@ def _quality(
 def _search_numbers(config: RunConfig, outcome: Outcome) -> SearchNumbers:
     found = outcome.found
     asks_llm = config.search.allocator == "llm"
-    driver = f"{config.driver.kind}: {config.driver.model or config.model}"
+    driver = ", then ".join(f"{x.kind}: {x.model or config.model}" for x in config.driver.chain)
     return SearchNumbers(
         allocator=config.search.allocator,
         driver=driver if asks_llm else None,
@@ -138,7 +138,11 @@ def _search_numbers(config: RunConfig, outcome: Outcome) -> SearchNumbers:
         evaluations=found.evaluations,
         llm_calls=found.llm_calls,
         llm_tokens=found.llm_tokens,
+        llm_cost=found.llm_cost,
+        llm_failures=found.llm_failures,
+        duplicates=found.duplicates,
         fallbacks=found.fallbacks,
+        stopped=found.stopped,
         best_fitness=found.best.fitness,
         selection_fitness=outcome.selection_fitness,
         wall_seconds=found.seconds,

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from agent.drivers.driver import DriverError
 from selfpruner.cli import main
 from selfpruner.config import CONFIGS, RunConfig, load_config
 from selfpruner.run_folder import RunFolder
+from selfpruner.stopping import TerminatedError
 
 DEMO = str(CONFIGS / "demo.yaml")
 
@@ -71,7 +73,7 @@ def test_configurations_load_nothing_heavy() -> None:
 def test_help_lists_the_commands() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for name in ("compress", "evaluate", "speed", "report"):
+    for name in ("compress", "resume", "evaluate", "speed", "experiment", "report"):
         assert name in result.output
 
 
@@ -95,7 +97,8 @@ def test_a_second_run_needs_replace(pipeline: Recorder) -> None:
     refused = run("compress", DEMO, "--out", "a")
     assert refused.exit_code == 2
     assert refused.stderr == (
-        "selfpruner: a: exists; give --replace to remove it, or another --out\n"
+        "selfpruner: a: exists; `selfpruner resume a` goes on with a run that is there, "
+        "--replace removes it, --out names another folder\n"
     )
     assert run("compress", DEMO, "--out", "a", "--replace").exit_code == 0
     assert len(pipeline.calls) == 2
@@ -139,11 +142,57 @@ def test_a_full_disk_is_one_line(pipeline: Recorder) -> None:
     assert result.stderr.endswith(expected)
 
 
-def test_ctrl_c_says_where_the_run_is(pipeline: Recorder) -> None:
-    pipeline.error = KeyboardInterrupt()
-    result = run("compress", DEMO)
-    assert result.exit_code == 130
-    assert f"stopped; the run folder is {Path('runs') / 'demo'}" in result.stderr
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "stopped by SIGINT"),
+        (TerminatedError(), 143, "stopped by SIGTERM"),
+        (DriverError("driver http://x: no\nconnection"), 75, "driver http://x: no connection"),
+    ],
+)
+def test_what_can_go_on_says_how(
+    pipeline: Recorder, error: BaseException, code: int, words: str
+) -> None:
+    pipeline.error = error
+    result = run("compress", DEMO, "--out", "a")
+    if isinstance(error, DriverError):  # the folder was not begun, so there is nothing to resume
+        assert (result.exit_code, result.stderr) == (code, f"selfpruner: {words}\n")
+        return
+    assert result.exit_code == code
+    assert result.stderr == f"selfpruner: {words}; `selfpruner resume a` goes on\n"
+
+
+def test_resume_goes_on_with_the_stored_configuration(pipeline: Recorder) -> None:
+    assert run("compress", DEMO, "--out", "a", "--set", "seed=3").exit_code == 0
+    assert run("resume", "a").exit_code == 0
+    (_, first, _), (_, second, _) = pipeline.calls
+    assert second[0] == first[0]
+    assert second[1] == first[1]
+
+
+def test_resume_of_what_cannot_be_resumed(pipeline: Recorder) -> None:
+    result = run("resume", "nowhere")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "selfpruner: nowhere: not a run folder (no config.yaml and environment.json)\n",
+    )
+    folder = RunFolder.create(Path("a"), RunConfig(model="m"))
+    folder.results.write_text("{}")
+    folder.report.write_text("")
+    assert run("resume", "a").output == f"finished already; report: {folder.report}\n"
+    assert not pipeline.calls
+
+
+def test_two_processes_never_work_in_one_folder(pipeline: Recorder) -> None:
+    folder = RunFolder.create(Path("a"), RunConfig(model="m"))
+    with folder.locked():
+        for arguments in (("resume", "a"), ("compress", DEMO, "--out", "a", "--replace")):
+            result = run(*arguments)
+            assert result.exit_code == 2
+            assert "another process is at work in this folder" in result.stderr
+    assert folder.config.exists()
+    assert run("resume", "a").exit_code == 0
+    assert len(pipeline.calls) == 1
 
 
 def test_defects_keep_their_traceback(pipeline: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ def test_a_new_folder_holds_configuration_and_environment(folder: RunFolder) -> 
 
 
 def test_an_existing_folder_is_refused_in_one_line(folder: RunFolder) -> None:
-    with pytest.raises(ValueError, match="exists; give --replace") as refusal:
+    with pytest.raises(ValueError, match=r"exists; `selfpruner resume .*--replace") as refusal:
         RunFolder.create(folder.path, CONFIG)
     assert "\n" not in str(refusal.value)
 

@@ -1,0 +1,124 @@
+"""Where plans compete: the model that runs as any plan, and what judges them during a search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+from agent.allocators import Sensitivity
+from evaluators.choices import ChoiceItem, EncodedChoices, encode_choices
+from pruning.elastic import Prunable
+from pruning.plan import Plan
+from pruning.ranking import order_hash
+from selfpruner.config import RunConfig
+from selfpruner.data import load_choice_items
+from selfpruner.fitness import Fitness
+from selfpruner.progress import Progress
+from selfpruner.run_folder import RunFolder
+from selfpruner.speed_model import SpeedModel, fit_speed
+from selfpruner.workbench import Workbench, rank
+
+
+@dataclass(frozen=True)
+class Arena:
+    """A ranked model and its judges; searches of one model, recipe and budget may share it.
+
+    Attributes:
+        bench: the dense model and its texts.
+        prunable: the model that runs as any plan.
+        errors: cut errors `[layer][block][level]`.
+        score: fitness on the search tokens.
+        selection: the same fitness on the selection tokens.
+        speed: predicted speed.
+    """
+
+    bench: Workbench
+    prunable: Prunable
+    errors: Sensitivity
+    score: Fitness
+    selection: Fitness
+    speed: SpeedModel
+
+    @classmethod
+    def open(cls, bench: Workbench, folder: RunFolder, progress: Progress) -> Self:
+        """Return the arena of `folder`: its ranking and its timing are those that it began with.
+
+        Raises:
+            ValueError: the ranking comes out otherwise than the stored one.
+        """
+        prunable, errors = rank(bench, progress)
+        _fix_order(prunable, errors, bench, folder)
+        speed = _speed_model(bench, prunable, folder, progress)
+        score, selection = (
+            Fitness(
+                prunable,
+                bench.model,
+                bench.family,
+                bench.config.fitness,
+                tokens,
+                choices=_choices(bench),
+                speed=speed,
+                batch_size=bench.config.evaluation.batch_size,
+            )
+            for tokens in (bench.texts.search, bench.texts.select)
+        )
+        return cls(bench, prunable, errors, score, selection, speed)
+
+    def proposing(self, config: RunConfig) -> Self:
+        """Return this arena for another way of proposing plans."""
+        return replace(self, bench=replace(self.bench, config=config))
+
+    def assess(self, plan: Plan) -> dict[str, float]:
+        """Return the predicted speedup of a plan and, where there are items, its accuracy."""
+        facts = {"speedup": self.speed.speedup(plan)}
+        if not self.bench.config.data.choices:
+            return facts
+        return facts | {"accuracy": self.score.accuracy(plan)}
+
+
+def _fix_order(
+    prunable: Prunable, errors: Sensitivity, bench: Workbench, folder: RunFolder
+) -> None:
+    """Store which ranking the plans of this run mean, or see that it is the stored one.
+
+    The cut errors are stored beside it: with them and the ledger a search can be replayed.
+
+    Raises:
+        ValueError: the ranking differs from the one that the run began with.
+    """
+    found = order_hash(prunable.orders(Plan.dense(bench.architecture)))
+    if not folder.order.exists():
+        folder.statistics.mkdir(exist_ok=True)
+        folder.write_json(f"{folder.statistics.name}/{folder.order.name}", {"order_hash": found})
+        folder.write_json(f"{folder.statistics.name}/errors.json", errors)
+        return
+    began = folder.read_json(f"{folder.statistics.name}/{folder.order.name}")["order_hash"]
+    if began != found:
+        raise ValueError(
+            f"{folder}: the ranking came out as {found}, the run began with {began}; resume with "
+            "the hardware, thread count and versions of environment.json, or begin anew"
+        )
+
+
+def _speed_model(
+    bench: Workbench, prunable: Prunable, folder: RunFolder, progress: Progress
+) -> SpeedModel:
+    """Return the timing that the run began with, so that a resumed one tells the LLM the same."""
+    name = f"{folder.statistics.name}/speed.json"
+    if (folder / name).is_file():
+        return SpeedModel.from_json(folder.read_json(name), Plan.dense(bench.architecture))
+    with progress.stage("speed model"):
+        speed = fit_speed(
+            prunable, bench.grid, bench.architecture.layers, tokens=bench.config.data.length
+        )
+    folder.write_json(name, speed.to_json())
+    return speed
+
+
+def _choices(bench: Workbench) -> EncodedChoices | None:
+    data = bench.config.data
+    if not data.choices:
+        return None
+    rows = load_choice_items(data.choices, bench.config.seed, data.root)
+    items = [ChoiceItem(x["context"], tuple(x["choices"]), x["gold"]) for x in rows]
+    return encode_choices(bench.tokenizer, items)

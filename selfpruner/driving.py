@@ -1,0 +1,115 @@
+"""From a configuration to the driver that proposes plans."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agent.drivers.chain import ChainDriver
+from agent.drivers.driver import Driver
+from agent.settings import Endpoint
+from selfpruner.progress import Progress
+from selfpruner.run_folder import RunFolder
+from selfpruner.workbench import Workbench
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def check_drivers(chain: Sequence[Endpoint]) -> None:
+    """Refuse drivers that cannot be opened, before anything is computed.
+
+    Raises:
+        ValueError: a recording or the program of a vLLM server is not there; one line.
+    """
+    for settings in chain:
+        if settings.kind == "replay" and not Path(str(settings.recording)).is_file():
+            raise ValueError(f"driver.recording: {settings.recording}: no such file")
+        if settings.kind == "vllm" and not shutil.which(settings.python or "vllm"):
+            wanted = settings.python or "vllm"
+            raise ValueError(
+                f"driver.python: {wanted}: no such program; `make venv-vllm` builds an "
+                "environment with vLLM, driver.python is its interpreter"
+            )
+
+
+def open_driver(
+    bench: Workbench, chain: Sequence[Endpoint], folder: RunFolder, progress: Progress
+) -> ChainDriver:
+    """Return the drivers of `chain`; each is opened when it is first asked."""
+    kinds: dict[str, Callable[[Endpoint], Driver]] = {
+        "embedded": lambda x: _embedded(bench, x),
+        "api": _api,
+        "vllm": lambda x: _vllm(bench, folder, progress, x),
+        "replay": _replay,
+    }
+    return ChainDriver([partial(kinds[x.kind], x) for x in chain])
+
+
+def _embedded(bench: Workbench, settings: Endpoint) -> Driver:
+    from agent.drivers.embedded import EmbeddedDriver
+
+    model, tokenizer = _loaded(bench, settings)
+    return EmbeddedDriver(model, tokenizer, settings.model or bench.config.model, settings.batch)
+
+
+def _api(settings: Endpoint) -> Driver:
+    from agent.drivers.api import ApiDriver
+
+    return ApiDriver(settings, base_url=str(settings.base_url), model=settings.model)
+
+
+def _replay(settings: Endpoint) -> Driver:
+    from agent.drivers.replay import ReplayDriver
+
+    return ReplayDriver(Path(str(settings.recording)))
+
+
+def _vllm(bench: Workbench, folder: RunFolder, progress: Progress, settings: Endpoint) -> Driver:
+    from agent.drivers.vllm import VllmDriver
+    from agent.drivers.vllm_server import VllmServer
+
+    server = VllmServer(
+        _served_folder(bench, folder, settings),
+        folder / "vllm.log",
+        python=settings.python,
+        port=settings.port,
+        max_model_len=min(settings.context, int(bench.model.config.max_position_embeddings)),
+    )
+    with progress.stage("vLLM server") as advance:
+        return VllmDriver(settings, server, on_wait=lambda _: advance(0))
+
+
+def _loaded(
+    bench: Workbench, settings: Endpoint
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the driver's model: the one that is pruned, or another one."""
+    from pruning.loading import load
+
+    if settings.model is None or settings.model == bench.config.model:
+        return bench.model, bench.tokenizer
+    return load(
+        settings.model,
+        bench.model.dtype,
+        str(bench.model.device),
+        trust_remote_code=bench.config.trust_remote_code,
+    )
+
+
+def _served_folder(bench: Workbench, folder: RunFolder, settings: Endpoint) -> str:
+    """Return what vLLM can serve: a folder as it is, anything else written to the run folder."""
+    name = settings.model or bench.config.model
+    if (Path(name) / "config.json").is_file():
+        return name
+    path = folder / "driver"
+    if not (path / "config.json").is_file():
+        model, tokenizer = _loaded(bench, settings)
+        partly = path.with_suffix(".partly")
+        shutil.rmtree(partly, ignore_errors=True)
+        model.save_pretrained(partly)
+        tokenizer.save_pretrained(partly)
+        partly.rename(path)
+    return str(path)

@@ -1,0 +1,113 @@
+"""The search as a stage of a run: judges, driver, signals and what the user sees of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+
+from langgraph.runtime import RunControl
+
+from agent.estimate import estimate
+from agent.graph import Event, SearchDrainedError, SearchResult, run_search
+from agent.ledger import Ledger
+from agent.state import SearchContext
+from prompts.library import load_strategy
+from selfpruner.arena import Arena
+from selfpruner.config import RunConfig
+from selfpruner.driving import check_drivers, open_driver
+from selfpruner.progress import Progress
+from selfpruner.run_folder import RunFolder
+from selfpruner.stopping import draining, stop_of
+
+
+def check_words_and_drivers(config: RunConfig) -> None:
+    """Refuse prompts and drivers that would not do, before anything is computed.
+
+    Raises:
+        ValueError: one line.
+    """
+    if config.search.allocator == "llm":
+        load_strategy(config.search.strategy)
+        check_drivers(config.driver.chain)
+
+
+def search(arena: Arena, config: RunConfig, folder: RunFolder, progress: Progress) -> SearchResult:
+    """Return the outcome of the search of `config`, begun or gone on with in `folder`.
+
+    Raises:
+        KeyboardInterrupt: a signal asked for a stop; TerminatedError for SIGTERM.
+        DriverError: all drivers gave up.
+    """
+    with ExitStack() as stack:
+        context = _context(arena, config, folder, progress)
+        if context.driver is not None:
+            stack.enter_context(closing(context.driver))
+        _announce(context, progress)
+        advance = stack.enter_context(progress.stage("search", config.search.evaluations))
+        advance(len(context.ledger.candidates()))
+        control = RunControl()
+        stack.enter_context(draining(control, progress.note))
+        tell = _narrator(advance, progress)
+        try:
+            return run_search(context, folder.checkpoints, on_event=tell, control=control)
+        except SearchDrainedError as drained:
+            raise stop_of(str(control.drain_reason)) from drained
+
+
+def _context(
+    arena: Arena, config: RunConfig, folder: RunFolder, progress: Progress
+) -> SearchContext:
+    bench, asks = arena.bench, config.search.allocator == "llm"
+    return SearchContext(
+        settings=config.search,
+        driver_settings=config.driver,
+        seed=config.seed,
+        grid=bench.grid,
+        budget=bench.budget,
+        score=arena.score,
+        sequences=range(arena.score.num_sequences),
+        sensitivity=arena.errors,
+        assess=arena.assess,
+        driver=open_driver(bench, config.driver.chain, folder, progress) if asks else None,
+        strategy=load_strategy(config.search.strategy) if asks else None,
+        ledger=Ledger(folder.path),
+        clock=time.monotonic,
+        unit_latency=arena.speed.per_unit(bench.grid),
+    )
+
+
+def _announce(context: SearchContext, progress: Progress) -> None:
+    """Say what the LLM will cost, or what an earlier process has left."""
+    done = len(context.ledger.candidates())
+    if done:
+        progress.note(f"resumed: {done} plans are scored already")
+    elif context.driver is not None:
+        guess = estimate(context)
+        cost = f", {guess.cost:.2f} at driver.price" if guess.cost else ""
+        progress.note(f"estimate: {guess.calls} calls of the LLM, {guess.tokens} tokens{cost}")
+
+
+def _narrator(advance: Callable[..., None], progress: Progress) -> Callable[[Event], None]:
+    """Return a listener that moves the bar and prints a line a generation and a failure."""
+
+    def tell(event: Event) -> None:
+        if event["kind"] == "candidate":
+            advance()
+        elif event["kind"] == "llm" and event["outcome"].startswith(("failed", "skipped")):
+            progress.note(f"LLM call of generation {event['generation']}: {event['outcome']}")
+        elif event["kind"] == "down":
+            progress.note(f"no LLM from here on: {event['reason']}")
+        elif event["kind"] == "generation":
+            progress.note(_generation(event))
+
+    return tell
+
+
+def _generation(event: Event) -> str:
+    facts = [f"generation {event['generation']}: fitness {event['best_fitness']:.4f}"]
+    if event["accuracy"] is not None:
+        facts.append(f"accuracy {event['accuracy']:.2f}")
+    if event["speedup"] is not None:
+        facts.append(f"predicted speedup {event['speedup']:.2f}x")
+    return ", ".join(facts)

@@ -1,0 +1,64 @@
+"""Asking a run to stop: SIGINT and SIGTERM drain the search, and end anything else at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from langgraph.runtime import RunControl
+
+Handler = Callable[[int, FrameType | None], None]
+
+
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM came; like Ctrl-C it passes through `except Exception`."""
+
+
+def stop_of(signal_name: str) -> KeyboardInterrupt:
+    """Return what ends the program after this signal."""
+    return KeyboardInterrupt() if signal_name == "SIGINT" else TerminatedError()
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Raise TerminatedError on SIGTERM within the block."""
+
+    def end(_: int, __: FrameType | None) -> None:
+        raise TerminatedError
+
+    with _handled(end, (signal.SIGTERM,)):
+        yield
+
+
+@contextmanager
+def draining(control: RunControl, tell: Callable[[str], None]) -> Iterator[None]:
+    """Have the first signal ask `control` for a stop, and the second one end the block at once."""
+
+    def drain(number: int, _: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if control.drain_requested:
+            raise stop_of(name)
+        control.request_drain(name)
+        tell(f"{name}: stopping after this step; once more stops at once")
+
+    with _handled(drain, (signal.SIGINT, signal.SIGTERM)):
+        yield
+
+
+@contextmanager
+def _handled(handler: Handler, numbers: tuple[signal.Signals, ...]) -> Iterator[None]:
+    """Put the handler in place for a while; only the main thread may, others do without."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -1,0 +1,41 @@
+"""Signals: the first drains, the second ends; what was in place before comes back."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+from langgraph.runtime import RunControl
+
+from selfpruner.stopping import TerminatedError, draining, stop_of, terminable
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, TerminatedError)]
+)
+def test_the_first_signal_drains_and_the_second_ends(
+    number: signal.Signals, kind: type[BaseException]
+) -> None:
+    control, told = RunControl(), []
+    before = signal.getsignal(number)
+    with draining(control, told.append):
+        assert not control.drain_requested
+        os.kill(os.getpid(), number)
+        assert control.drain_reason == number.name
+        assert told == [f"{number.name}: stopping after this step; once more stops at once"]
+        with pytest.raises(kind):
+            os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is before
+
+
+def test_sigterm_ends_what_is_not_a_search() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(TerminatedError), terminable():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_stop_has_the_name_of_its_signal() -> None:
+    assert type(stop_of("SIGINT")) is KeyboardInterrupt
+    assert type(stop_of("SIGTERM")) is TerminatedError
