@@ -77,15 +77,15 @@ def ask(
         calls = _Calls(context, purse, generation, attempt, waiting)
         calls.make()
         waiting = {}
-        for i, line in sorted(calls.replies.items()):
+        for i in calls.questions:
+            tokens, line = answers[i].tokens + calls.tokens[i], calls.replies.get(i)
+            if line is None:
+                answers[i] = Answer(tokens=tokens, asked=attempt == 1 or i not in calls.skipped)
+                continue
             reading: Reading[T] = _read(questions[i], line.reply or "")
-            tokens = answers[i].tokens + calls.tokens[i]
             answers[i] = Answer(reading.value, attempt == 1, tokens)
             if reading.problem is not None:
                 waiting[i] = _repair(context, questions[i], line, reading.problem)
-        for i in calls.skipped:
-            tokens = answers[i].tokens + calls.tokens[i]
-            answers[i] = Answer(tokens=tokens, asked=attempt == 1)
     return answers
 
 

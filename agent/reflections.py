@@ -7,7 +7,7 @@ from itertools import islice
 
 from agent.candidate import Candidate
 from agent.ledger import ORDER, LlmLine
-from agent.parse import ReplyError, clean, parse_words
+from agent.parse import ReplyError, parse_words
 from agent.trajectory import effect
 from agent.view import View
 
@@ -37,7 +37,7 @@ def lessons(view: View) -> str:
 
 def plain(text: str) -> str:
     """Return text of a reply as one short line without control characters and brackets."""
-    kept = "".join(x if x.isprintable() and x not in _UNTOLD else " " for x in clean(text))
+    kept = "".join(x if x.isprintable() and x not in _UNTOLD else " " for x in text)
     return " ".join(kept.split())[:_LONGEST].rstrip()
 
 

@@ -7,7 +7,7 @@ from agent.candidate import Candidate
 from agent.view import View
 
 _PAIRS = 8
-_FAILED = 5
+_FAILED = 4
 
 
 def history(view: View) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from agent.candidate import Candidate
 from agent.ledger import Ledger
+from prompts.library import load_strategy
 from selfpruner.arena import Arena
 from selfpruner.cells import Cell, Row, run_cells
 from selfpruner.complaints import complaints
@@ -98,7 +100,9 @@ def _configured(path: Path, config: ExperimentConfig, arm: dict[str, Any]) -> Ru
 
 def _digest(run: RunConfig) -> str:
     """Return what a cell's figures depend on beside its arm and seed, as a short hash."""
-    return hashlib.sha256(run.to_yaml().encode()).hexdigest()[:12]
+    words = asdict(load_strategy(run.search.strategy)) if run.search.allocator == "llm" else {}
+    text = run.to_yaml() + json.dumps(words, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _folder(path: Path, config: RunConfig) -> RunFolder:

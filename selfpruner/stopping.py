@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -36,15 +37,23 @@ def terminable() -> Iterator[None]:
 
 
 @contextmanager
-def draining(control: RunControl, tell: Callable[[str], None]) -> Iterator[None]:
-    """Have the first signal ask `control` for a stop, and the second one end the block at once."""
+def draining(
+    control: RunControl, tell: Callable[[str], None], leave: Callable[[int], None] = os._exit
+) -> Iterator[None]:
+    """Have the first signal ask `control` for a stop, and the second one end the process at once.
+
+    At once means without waiting for the step under way, which may wait for an endpoint; a run
+    folder stands that as it stands a SIGKILL.
+    """
 
     def drain(number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name
         if control.drain_requested:
-            raise stop_of(name)
-        control.request_drain(name)
-        tell(f"{name}: stopping after this step; once more stops at once")
+            tell(f"{name}: stopped at once; `selfpruner resume` goes on")
+            leave(128 + number)
+        else:
+            control.request_drain(name)
+            tell(f"{name}: stopping after this step; once more stops at once")
 
     with _handled(drain, (signal.SIGINT, signal.SIGTERM)):
         yield

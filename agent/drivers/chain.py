@@ -22,20 +22,27 @@ class ChainDriver:
     def complete(self, requests: Sequence[Request], may_retry: MayRetry) -> Iterator[Completion]:
         """Yield every try of the driver in charge, and of the next ones at what is left.
 
+        To a next driver, too, only those go whose failed try may be followed by another one.
+
         Raises:
             DriverError: all drivers gave up.
         """
-        left = list(range(len(requests)))
+        left, failed = list(range(len(requests))), set[int]()
+        permit = _lasting(may_retry)
         while self._openers:
-            asked = list(left)
             try:
                 driver = self._in_charge()
+                left = [i for i in left if i not in failed or permit(i)]
+                if not left:
+                    return
+                asked = list(left)
                 batch = [requests[i] for i in asked]
                 # Bound now: the driver ends with this round.
-                permit = _renumbered(may_retry, asked)
-                for completion in driver.complete(batch, permit):
+                for completion in driver.complete(batch, _renumbered(permit, asked)):
                     number = asked[completion.request]
-                    if completion.text is not None:
+                    if completion.text is None:
+                        failed.add(number)
+                    else:
                         left.remove(number)
                     yield replace(completion, request=number)
             except DriverError as error:
@@ -59,6 +66,18 @@ class ChainDriver:
         self._reasons.append(reason)
         self._openers.pop(0)
         self._driver = None
+
+
+def _lasting(may_retry: MayRetry) -> MayRetry:
+    """Return a `may_retry` that several drivers may ask: what it refused once stays refused."""
+    refused: set[int] = set()
+
+    def permit(i: int) -> bool:
+        if i not in refused and not may_retry(i):
+            refused.add(i)
+        return i not in refused
+
+    return permit
 
 
 def _renumbered(may_retry: MayRetry, asked: Sequence[int]) -> MayRetry:

@@ -12,8 +12,9 @@ from agent.ledger import LlmLine, read_lines
 class ReplayDriver:
     """Answers from a recorded `llm.jsonl`, by generation, slot, operator and attempt.
 
-    Prompts are not compared: the recording may stem from another version's words. Tokens, money
-    and seconds are those of the recording.
+    Failed tries are given again too, so that a search spends what it spent. Prompts are not
+    compared: the recording may stem from another version's words. Tokens, money and seconds are
+    those of the recording.
     """
 
     def __init__(self, path: Path) -> None:
@@ -25,30 +26,28 @@ class ReplayDriver:
         if not path.is_file():
             raise ValueError(f"driver.recording: {path}: no such file")
         self._path = path
-        self._replies = {_place(x): x for x in read_lines(path) if x.reply is not None}
+        self._tries: dict[Place, list[LlmLine]] = {}
+        for line in read_lines(path):
+            if not line.is_skipped:
+                self._tries.setdefault(_place(line), []).append(line)
 
     def complete(self, requests: Sequence[Request], may_retry: MayRetry) -> Iterator[Completion]:
-        """Yield the recorded reply of each request, in order.
+        """Yield the recorded tries at each request, in order.
 
         Raises:
-            DriverError: the recording has none for a request.
+            DriverError: the recording has no reply for a request; the others were replied to.
         """
-        del may_retry
+        missing: list[Place] = []
         for number, request in enumerate(requests):
-            line = self._replies.get(request.place)
-            if line is None:
-                where = f"generation {request.place.generation}, slot {request.place.slot}"
-                raise DriverError(f"driver.recording: {self._path} has no reply for {where}")
-            yield Completion(
-                request=number,
-                text=line.reply,
-                prompt_tokens=line.tokens,
-                completion_tokens=0,
-                seconds=line.seconds,
-                model=line.model,
-                cost=line.cost,
-                estimated=line.estimated,
-            )
+            for line in self._tries.get(request.place, ()):
+                yield _completion(number, line)
+                if line.reply is not None or not may_retry(number):
+                    break
+            else:
+                missing.append(request.place)
+        if missing:
+            where = f"generation {missing[0].generation}, slot {missing[0].slot}"
+            raise DriverError(f"driver.recording: {self._path} has no reply for {where}")
 
     def close(self) -> None:
         """Do nothing."""
@@ -56,3 +55,17 @@ class ReplayDriver:
 
 def _place(line: LlmLine) -> Place:
     return Place(line.generation, line.slot, line.operator, line.attempt)
+
+
+def _completion(number: int, line: LlmLine) -> Completion:
+    return Completion(
+        request=number,
+        text=line.reply,
+        prompt_tokens=line.tokens,
+        completion_tokens=0,
+        seconds=line.seconds,
+        model=line.model,
+        cost=line.cost,
+        estimated=line.estimated,
+        failure=line.outcome.removeprefix("failed: ") if line.reply is None else "",
+    )

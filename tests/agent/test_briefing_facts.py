@@ -89,9 +89,10 @@ def test_every_switch_adds_and_removes_its_fact(searched: SearchContext, folder:
 @pytest.mark.parametrize("name", library.FACTS)
 def test_a_fact_can_stand_anywhere(searched: SearchContext, folder: Path, name: str) -> None:
     strategy = show(folder, (name,), f"{{parent}} <{{{name}}}> {{example}}")
+    text = prompt(searched, strategy)
     value = facts.fact(view(searched), name)
     assert value
-    assert f"<{value}>" in prompt(searched, strategy)
+    assert f"<{value}>" in text
 
 
 def test_vectors_are_told_as_vectors(searched: SearchContext, folder: Path) -> None:
@@ -136,7 +137,7 @@ def test_nothing_is_told_before_the_first_generation(searched: SearchContext) ->
 def test_failed_changes_did_fail(searched: SearchContext) -> None:
     here = view(searched)
     lines = trajectory.failed(here).split("\n")
-    assert len(lines) == 5
+    assert len(lines) == 4
     tried = {}
     for candidate in here.past.values():
         before = here.origin_of(candidate)

@@ -23,7 +23,10 @@ from agent.drivers.vllm_server import VllmServer
 STAND_IN = """\
 #!{python} -IS
 import http.server, json, os, pathlib, signal, subprocess, sys, time
-child = subprocess.Popen(["/bin/sh", "-c", "trap '' TERM; while :; do sleep 0.2; done"])
+stubborn = "trap '' TERM; for i in $(seq 60); do sleep 1; done"
+child = subprocess.Popen(["/bin/sh", "-c", stubborn])
+signal.signal(signal.SIGALRM, signal.SIG_DFL)
+signal.alarm(60)  # where a test fails, nothing stays for long
 facts = dict(arguments=sys.argv[1:], environment=dict(os.environ), pids=[os.getpid(), child.pid])
 path = pathlib.Path({facts!r})
 path.with_suffix(".tmp").write_text(json.dumps(facts))

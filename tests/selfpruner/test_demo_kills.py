@@ -53,7 +53,21 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def _sorted(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     names = ("generation", "operator", "slot", "attempt", "call")
-    return sorted(lines, key=lambda x: [str(x[n]) for n in names])
+    return sorted(lines, key=lambda x: [str(x.get(n)) for n in names])
+
+
+def _differences(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> list[str]:
+    """Return what differs, line by line, and the numbers of lines where those do."""
+    pairs = zip(found, expected, strict=False)
+    lines = [
+        f"line {i}: {name}: {one.get(name)!r}, want {other[name]!r}"
+        for i, (one, other) in enumerate(pairs)
+        for name in other
+        if one.get(name) != other[name]
+    ]
+    if len(found) != len(expected):
+        lines.append(f"{len(found)} lines, want {len(expected)}")
+    return lines[:10]
 
 
 def test_three_kills_change_nothing(tmp_path: Path) -> None:
@@ -73,6 +87,7 @@ def test_three_kills_change_nothing(tmp_path: Path) -> None:
         process.wait()
         command = [*COMMAND, "resume", str(cut)]
     subprocess.run(command, check=True)
-    assert _lines(cut / "candidates.jsonl") == _lines(whole / "candidates.jsonl")
-    assert _sorted(_lines(cut / "llm.jsonl")) == _sorted(_lines(whole / "llm.jsonl"))
+    for name in ("candidates.jsonl", "llm.jsonl"):
+        found, expected = _sorted(_lines(cut / name)), _sorted(_lines(whole / name))
+        assert _differences(found, expected) == []
     assert (cut / "report.html").is_file()
