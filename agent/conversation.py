@@ -21,7 +21,7 @@ from agent.state import SearchContext
 T = TypeVar("T")
 
 _QUOTED = 400  # characters of a bad reply that the repair round repeats
-_TEMPLATE_TOKENS = 64  # at most what a chat template adds to a prompt
+_TEMPLATE_TOKENS = 128  # at most what a chat template and words about the schema add to a prompt
 _SEED_STREAM = 7_919  # keeps the driver's seeds apart from the classical operators'
 
 
@@ -237,9 +237,11 @@ def _repair(
 def _worst(context: SearchContext, question: Question[T]) -> Charge:
     """Return the most that one call can cost.
 
-    A token is at least one byte of the prompt, so bytes bound tokens from above.
+    A token is at least one byte of the prompt, so bytes bound tokens from above. Where an endpoint
+    has no other way the prompt tells the schema, too.
     """
-    prompt = sum(len(m["content"].encode()) for m in question.messages) + _TEMPLATE_TOKENS
+    told = [*(m["content"] for m in question.messages), json.dumps(question.schema)]
+    prompt = sum(len(x.encode()) for x in told) + _TEMPLATE_TOKENS
     reply = context.driver_settings.max_tokens
     cost = max(x.price.of(prompt, reply) for x in context.driver_settings.chain)
     return Charge(1, prompt + reply, cost)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from agent import parse
 from agent.drivers import embedded
-from agent.drivers.driver import Request
+from agent.drivers.driver import Completion, Place, Request
 from agent.drivers.embedded import EmbeddedDriver
 from agent.parse import Bounds
 
@@ -59,8 +59,16 @@ def driver_of(model: Any, batch: int = 4) -> EmbeddedDriver:
     return EmbeddedDriver(model, byte_tokenizer(), "tiny", batch)
 
 
+def answers(driver: EmbeddedDriver, requests: Sequence[Request]) -> list[Completion]:
+    """Return the completions of a batch, which come in the order of requests."""
+    completions = list(driver.complete(requests, lambda _: True))
+    assert [x.request for x in completions] == list(range(len(requests)))
+    return completions
+
+
 def request(text: str = "moves", seed: int = 0, **changes: Any) -> Request:
     values: dict[str, Any] = {
+        "place": Place(0, 0, "generate", 0),
         "messages": ({"role": "system", "content": "Be brief."}, {"role": "user", "content": text}),
         "schema": parse.vectors_schema(BOUNDS),
         "max_tokens": 200,
@@ -78,13 +86,14 @@ def test_a_random_model_writes_valid_replies_of_every_form(model: LlamaForCausal
         (parse.select_schema([3, 11, 7], 2), lambda x: parse.parse_select(x, [3, 7, 11], 2)),
     ]
     requests = [request(seed=s, schema=x) for x, _ in schemas for s in range(5)]
-    replies = driver.complete(requests)
+    replies = answers(driver, requests)
     for (_, read), reply in zip([x for x in schemas for _ in range(5)], replies, strict=True):
         read(reply.text)
         assert " " not in reply.text
         assert reply.completion_tokens == len(reply.text)
         assert reply.seconds > 0
-    moves = driver.complete(
+    moves = answers(
+        driver,
         [
             request(
                 seed=s,
@@ -93,7 +102,7 @@ def test_a_random_model_writes_valid_replies_of_every_form(model: LlamaForCausal
                 messages=({"role": "user", "content": "x"},),
             )
             for s in range(4)
-        ]
+        ],
     )
     for reply in moves:
         data = json.loads(reply.text)
@@ -102,8 +111,8 @@ def test_a_random_model_writes_valid_replies_of_every_form(model: LlamaForCausal
 
 def test_equal_seeds_give_equal_replies_in_any_batch(model: LlamaForCausalLM) -> None:
     seeds = [5, 6, 7, 5]
-    together = [x.text for x in driver_of(model).complete([request(seed=s) for s in seeds])]
-    alone = [driver_of(model, 1).complete([request(seed=s)])[0].text for s in seeds]
+    together = [x.text for x in answers(driver_of(model), [request(seed=s) for s in seeds])]
+    alone = [answers(driver_of(model, 1), [request(seed=s)])[0].text for s in seeds]
     assert together == alone
     assert together[0] == together[3]
     assert len(set(together)) == 3
@@ -111,8 +120,8 @@ def test_equal_seeds_give_equal_replies_in_any_batch(model: LlamaForCausalLM) ->
 
 def test_padding_changes_nothing(model: LlamaForCausalLM) -> None:
     texts = ["a", "a longer question " * 5]
-    together = driver_of(model).complete([request(x, temperature=0) for x in texts])
-    alone = [driver_of(model, 1).complete([request(x, temperature=0)])[0] for x in texts]
+    together = answers(driver_of(model), [request(x, temperature=0) for x in texts])
+    alone = [answers(driver_of(model, 1), [request(x, temperature=0)])[0] for x in texts]
     assert [x.text for x in together] == [x.text for x in alone]
     assert [x.prompt_tokens for x in together] == [x.prompt_tokens for x in alone]
 
@@ -121,10 +130,10 @@ def test_fast_decoding_is_the_same_function(
     model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = [request("x" * n, temperature=0) for n in (3, 40, 90)]
-    fast = driver_of(model).complete(requests)
+    fast = answers(driver_of(model), requests)
     assert model.config._attn_implementation == "sdpa"
     monkeypatch.setattr(embedded, "_fast_decoding", lambda _: contextlib.nullcontext())
-    assert [x.text for x in driver_of(model).complete(requests)] == [x.text for x in fast]
+    assert [x.text for x in answers(driver_of(model), requests)] == [x.text for x in fast]
 
 
 def test_decode_attention_equals_the_textbook() -> None:
@@ -142,25 +151,25 @@ def test_decode_attention_equals_the_textbook() -> None:
 
 def test_the_global_random_state_is_left_alone(model: LlamaForCausalLM) -> None:
     before = torch.get_rng_state()
-    driver_of(model).complete([request()])
+    answers(driver_of(model), [request()])
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_replies_end_at_their_own_limit(model: LlamaForCausalLM) -> None:
-    short, long = driver_of(model).complete([request(max_tokens=5), request(max_tokens=100)])
+    short, long = answers(driver_of(model), [request(max_tokens=5), request(max_tokens=100)])
     assert short.completion_tokens == 5
     assert long.text.startswith(short.text)
     assert long.completion_tokens > 5
 
 
 def test_free_text_needs_no_schema(model: LlamaForCausalLM) -> None:
-    reply = driver_of(model).complete([request(schema={}, max_tokens=20)])[0]
+    reply = answers(driver_of(model), [request(schema={}, max_tokens=20)])[0]
     assert 0 <= reply.completion_tokens <= 20
 
 
 def test_a_prompt_is_never_truncated(model: LlamaForCausalLM) -> None:
     with pytest.raises(ValueError, match=r"prompt of \d+ tokens and driver.max_tokens 200 exceed"):
-        driver_of(model).complete([request("x" * 400)])
+        answers(driver_of(model), [request("x" * 400)])
 
 
 def test_templates_without_a_system_role_get_it_in_the_first_message(
@@ -171,10 +180,10 @@ def test_templates_without_a_system_role_get_it_in_the_first_message(
         "{% for m in messages %}{% if m.role == 'system' %}"
         "{{ raise_exception('no system role') }}{% endif %}<{{ m.content }}>{% endfor %}"
     )
-    reply = EmbeddedDriver(model, tokenizer, "tiny").complete([request("hi")])[0]
+    reply = answers(EmbeddedDriver(model, tokenizer, "tiny"), [request("hi")])[0]
     assert reply.prompt_tokens == len("<Be brief.\n\nhi>")
     tokenizer.chat_template = None
-    reply = EmbeddedDriver(model, tokenizer, "tiny").complete([request("hi")])[0]
+    reply = answers(EmbeddedDriver(model, tokenizer, "tiny"), [request("hi")])[0]
     assert reply.prompt_tokens == len("Be brief.\n\nhi\n\n")
 
 
@@ -201,9 +210,9 @@ def test_the_packaged_model_obeys_the_schema() -> None:
     requests = [
         request(seed=s, schema=parse.moves_schema(BOUNDS), max_tokens=256) for s in range(4)
     ]
-    replies = driver.complete(requests)
+    replies = answers(driver, requests)
     for reply in replies:
         moves = json.loads(reply.text)["moves"]
         assert 1 <= len(moves) <= parse.MAX_MOVES
         assert reply.model == "smollm2"
-    assert [x.text for x in driver.complete(requests)] == [x.text for x in replies]
+    assert [x.text for x in answers(driver, requests)] == [x.text for x in replies]
