@@ -77,6 +77,7 @@ def _vllm(bench: Workbench, folder: RunFolder, progress: Progress, settings: End
         folder / "vllm.log",
         python=settings.python,
         port=settings.port,
+        eager=settings.eager,
         max_model_len=min(settings.context, int(bench.model.config.max_position_embeddings)),
     )
     with progress.stage("vLLM server") as advance:

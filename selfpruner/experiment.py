@@ -19,6 +19,7 @@ from selfpruner.cells import Cell, Row, run_cells
 from selfpruner.complaints import complaints
 from selfpruner.config import RunConfig, load_config
 from selfpruner.finishing import mean_fitness
+from selfpruner.heap import share_heap
 from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder, is_run_folder
 from selfpruner.searching import check_words_and_drivers, search
@@ -68,6 +69,7 @@ def experiment(path: Path, folder: Path, results: Path, progress: Progress) -> l
         ValueError: what is asked for cannot be had; one line.
         KeyboardInterrupt: a signal asked for a stop.
     """
+    share_heap()
     quiet_libraries()
     config = load_experiment(path)
     base = _configured(path, config, {})

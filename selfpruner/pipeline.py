@@ -18,6 +18,7 @@ from selfpruner.arena import Arena
 from selfpruner.config import RunConfig
 from selfpruner.finishing import control_models, finish, mean_fitness
 from selfpruner.fitness import Fitness
+from selfpruner.heap import share_heap
 from selfpruner.model_card import model_card
 from selfpruner.progress import Progress
 from selfpruner.report import write_report
@@ -39,6 +40,7 @@ def compress(config: RunConfig, folder: RunFolder, progress: Progress) -> Path:
         DriverError: all drivers of the search gave up.
         KeyboardInterrupt: a signal stopped it; the search stops between two steps.
     """
+    share_heap()
     quiet_libraries()
     torch.manual_seed(config.seed)
     check_words_and_drivers(config)
