@@ -1,0 +1,65 @@
+"""Drivers from a configuration: what cannot be opened is refused before anything is computed."""
+
+from __future__ import annotations
+
+import pytest
+
+from agent.settings import DriverSettings
+from selfpruner.config import CONFIGS, load_config
+from selfpruner.driving import check_drivers
+from selfpruner.searching import check_words_and_drivers
+
+DEMO = CONFIGS / "demo.yaml"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "replay", "recording": "gone.jsonl"}, r"driver\.recording: gone\.jsonl: no such"),
+        ({"kind": "vllm", "python": "gone/python"}, r"driver\.python: gone/python: no such.*venv"),
+    ],
+)
+def test_what_is_not_there_is_refused(settings: dict[str, str], message: str) -> None:
+    for chain in (settings, {"kind": "embedded", "fallbacks": [settings]}):
+        with pytest.raises(ValueError, match=message) as refusal:
+            check_drivers(DriverSettings.model_validate(chain).chain)
+        assert "\n" not in str(refusal.value)
+
+
+def test_only_a_search_that_asks_needs_its_driver() -> None:
+    gone = ("driver.kind=replay", "driver.recording=gone.jsonl")
+    with pytest.raises(ValueError, match="no such file"):
+        check_words_and_drivers(load_config(DEMO, settings=gone))
+    check_words_and_drivers(load_config(DEMO, settings=(*gone, "search.allocator=evolution")))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("driver.kind=api", "driver.base_url: missing; driver.kind api needs an address"),
+        ("driver.kind=replay", "driver.recording: missing"),
+        ("driver.base_url=ftp://host", "driver.base_url: allowed: an http or https address"),
+        ("driver.base_url=http://me:sk-secret@host/v1", "a key does not belong into the address"),
+        ("driver.base_url=http://host/v1?key=sk-secret", "a key does not belong into the address"),
+        ("driver.key_variable=sk-secret", "allowed: the NAME of an environment variable"),
+        ("driver.api_key=sk-secret", "unknown key driver.api_key"),
+        ("driver.price={prompt: -1}", "driver.price.prompt: got -1"),
+        ("driver.fallbacks=[{kind: api}]", "driver.base_url: missing"),
+    ],
+)
+def test_a_wrong_driver_is_one_line_without_its_key(setting: str, message: str) -> None:
+    with pytest.raises(ValueError, match="driver") as refusal:
+        load_config(DEMO, settings=(setting,))
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert "sk-secret" not in str(refusal.value)
+
+
+def test_a_stored_configuration_names_the_variable_and_no_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SOME_KEY", "sk-secret")
+    settings = ("driver.kind=api", "driver.base_url=http://host/v1", "driver.key_variable=SOME_KEY")
+    text = load_config(DEMO, settings=settings).to_yaml()
+    assert "SOME_KEY" in text
+    assert "sk-secret" not in text
