@@ -15,7 +15,8 @@ from agent.briefing import common
 from agent.budget import Purse
 from agent.drivers.driver import Completion, DriverError, Message, Place, Request
 from agent.ledger import Charge, LlmLine
-from agent.parse import ReplyError, Schema, clean
+from agent.parse import Schema
+from agent.reply import ReplyError, clean
 from agent.state import SearchContext
 
 T = TypeVar("T")

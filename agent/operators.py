@@ -85,7 +85,8 @@ def choose_parents(context: SearchContext, generation: int, slot: int) -> list[C
     wanted = min(len(pool), max(2, settings.shown))
     if wanted > 1 and len(pool) > 2 and is_asked(context, generation - 1):
         listed = pool[: max(2 * wanted, settings.shown)]
-        answer = ask(context, generation, [parents_question(context, slot, listed, wanted)])[0]
+        place = Slot(generation, slot, "select")
+        answer = ask(context, generation, [parents_question(context, place, listed, wanted)])[0]
         if answer.value is not None:
             by_id = {x.id: x for x in listed}
             return [by_id[i] for i in answer.value]

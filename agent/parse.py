@@ -6,28 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from agent.reply import ReplyError, clean, find_object, short
-
-__all__ = [
-    "WORDS",
-    "Block",
-    "Bounds",
-    "Move",
-    "ReplyError",
-    "Schema",
-    "Vectors",
-    "clean",
-    "keys",
-    "mix_schema",
-    "moves_schema",
-    "parse_mix",
-    "parse_moves",
-    "parse_select",
-    "parse_vectors",
-    "parse_words",
-    "select_schema",
-    "vectors_schema",
-]
+from agent.reply import ReplyError, find_object, short
 
 Block = Literal["attention", "mlp"]
 Schema = dict[str, Any]

@@ -12,8 +12,9 @@ import numpy as np
 from agent import briefing, parse, population, wording
 from agent.candidate import Candidate
 from agent.conversation import Question
-from agent.parse import Bounds, Move, ReplyError, Vectors
+from agent.parse import Bounds, Move, Vectors
 from agent.projection import Levels
+from agent.reply import ReplyError
 from agent.state import SearchContext
 from agent.view import View
 
@@ -65,28 +66,19 @@ def plan_question(context: SearchContext, slot: Slot) -> Question[Levels]:
 
 
 def parents_question(
-    context: SearchContext,
-    slot: int,
-    listed: Sequence[Candidate],
-    wanted: int,
-    generation: int | None = None,
+    context: SearchContext, slot: Slot, listed: Sequence[Candidate], wanted: int
 ) -> Question[tuple[int, ...]]:
-    """Return the question which of the listed candidates become parents of `generation`.
-
-    Without `generation` it is the one after the last that the ledger has.
-    """
+    """Return the question which candidates become parents of the slot's generation."""
     assert context.strategy is not None
-    if generation is None:
-        generation = 1 + max(x.generation for x in context.ledger.candidates())
     ids, words = [x.id for x in listed], context.strategy.words("select")
-    view = View(context, generation, "select", briefing.levels(context, listed[0]))
+    view = View(context, slot.generation, "select", briefing.levels(context, listed[0]))
     more = {
         "candidates": "\n".join(view.told(x) for x in listed),
         "wanted": str(wanted),
         "example": _compact({**_said(words), "parents": ids[-wanted:]}),
     }
     return Question(
-        slot,
+        slot.index,
         "select",
         wording.messages(view, "select", more),
         parse.select_schema(ids, wanted, words),

@@ -7,7 +7,8 @@ from itertools import islice
 
 from agent.candidate import Candidate
 from agent.ledger import ORDER, LlmLine
-from agent.parse import ReplyError, parse_words
+from agent.parse import parse_words
+from agent.reply import ReplyError
 from agent.trajectory import effect
 from agent.view import View
 

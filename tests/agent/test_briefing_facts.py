@@ -183,7 +183,7 @@ def test_the_current_generation_is_never_told(
             listed = context.ledger.best(5, before=2)
             slots = [Slot(2, 0, "crossover", parents), Slot(2, 5, "mutate", parents[1:])]
             asked.append([plan_question(context, x).messages for x in slots])
-            asked[-1].append(parents_question(context, 12, listed, 3, 2).messages)
+            asked[-1].append(parents_question(context, Slot(2, 12, "select"), listed, 3).messages)
         assert asked[0] == asked[1]
 
 

@@ -17,8 +17,8 @@ from agent.conversation import Question
 from agent.drivers.driver import Completion, MayRetry, Request
 from agent.graph import run_search
 from agent.ledger import Ledger
-from agent.parse import ReplyError, clean
 from agent.questions import Slot, parents_question, plan_question
+from agent.reply import ReplyError, clean
 from agent.state import SearchContext
 from tests.agent.drivers.chat_server import fitting
 
@@ -209,7 +209,7 @@ def questions(
     ]
     return context, [
         *(plan_question(context, x) for x in slots),
-        parents_question(context, 3, best, 3),
+        parents_question(context, Slot(1, 3, "select"), best, 3),
     ]
 
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent import parse
-from agent.parse import Bounds, Move, ReplyError, Vectors
+from agent.parse import Bounds, Move, Vectors
+from agent.reply import ReplyError, clean
 
 BOUNDS = Bounds(3, (0, 90), {"mlp": 8, "attention": 2})
 LAYERED = Bounds(3, (10, 90), {"mlp": 8}, blocks=False)
@@ -91,13 +92,13 @@ def test_hostile_words(data: dict[str, Any], message: str) -> None:
     ],
 )
 def test_clean_text_is_utf_8(text: str, cleaned: str) -> None:
-    assert parse.clean(text) == cleaned
-    assert parse.clean(cleaned) == cleaned
+    assert clean(text) == cleaned
+    assert clean(cleaned) == cleaned
 
 
 @given(st.text(st.characters(), max_size=50))  # lone surrogates included
 def test_clean_never_fails(text: str) -> None:
-    cleaned = parse.clean(text)
+    cleaned = clean(text)
     assert cleaned.encode("utf-8").decode() == cleaned
     assert "\0" not in cleaned
 
