@@ -112,39 +112,60 @@ class _Calls(Generic[T]):
         for i in self.questions:
             for line in self._on_file(i):
                 self._count(i, line)
-        fresh = [i for i in self.questions if i not in self.replies and self._reserve(i)]
+        waiting = [i for i in self.questions if i not in self.replies and i not in self.skipped]
         try:
-            for completion in self._completions(fresh):
-                i = fresh[completion.request]
-                self._log(self._line(i, completion))
-                self._count(i, self._on_file(i)[-1])
+            while wave := self._wave(waiting):
+                for completion in self._completions(wave):
+                    i = wave[completion.request]
+                    self._log(self._line(i, completion))
+                    self._count(i, self._on_file(i)[-1])
         except DriverError as error:
             if self.context.driver_settings.when_down == "stop":
                 raise
             get_stream_writer()({"kind": "down", "reason": str(error)})
 
-    def _completions(self, fresh: list[int]) -> Iterator[Completion]:
-        """Yield the tries of the driver at the questions `fresh`."""
-        if not fresh:
-            return
+    def _wave(self, waiting: list[int]) -> list[int]:
+        """Take from `waiting` the calls that can be paid together, in order, at their worst.
+
+        The next one waits until these are settled; one that does not fit even then is skipped.
+        What is skipped therefore depends on what earlier calls did cost, not on waves.
+        """
+        wave: list[int] = []
+        while waiting:
+            limit = self._limit(waiting[0])
+            if limit is not None and wave:
+                break
+            i = waiting.pop(0)
+            if limit is None:
+                wave.append(i)
+            else:
+                self._skip(i, limit)
+        return wave
+
+    def _completions(self, wave: list[int]) -> Iterator[Completion]:
+        """Yield the tries of the driver at the questions of `wave`."""
         if self.context.driver is None:
             raise ValueError("search.allocator: llm needs a driver, driver.kind is none")
-        requests = [self._request(self.questions[i]) for i in fresh]
-        yield from self.context.driver.complete(requests, lambda r: self._reserve(fresh[r]))
+        requests = [self._request(self.questions[i]) for i in wave]
+        yield from self.context.driver.complete(requests, lambda r: self._may_retry(wave[r]))
 
-    def _reserve(self, i: int) -> bool:
-        """Set aside the worst case of a call, or log that it is skipped."""
-        if i in self.skipped:
-            return False
+    def _may_retry(self, i: int) -> bool:
+        """Return whether a failed call may be made again; its worst case is set aside anew."""
+        limit = self._limit(i)
+        if limit is not None:
+            self._skip(i, limit)
+        return limit is None
+
+    def _limit(self, i: int) -> str | None:
+        """Set aside the worst case of a call, or return the limit that it might pass."""
         limit = self.purse.reserve(i, _worst(self.context, self.questions[i]))
-        if limit is None and self.context.spending.is_late:
-            limit = "seconds"
-        if limit is None:
-            return True
+        return "seconds" if limit is None and self.context.spending.is_late else limit
+
+    def _skip(self, i: int, limit: str) -> None:
+        """Log that a call is not made."""
         self.skipped.add(i)
         nothing = Completion(i, None, 0, 0, 0.0, "")
         self._log(replace(self._line(i, nothing), outcome=f"skipped: search.{limit}"))
-        return False
 
     def _on_file(self, i: int) -> Sequence[LlmLine]:
         question = self.questions[i]
