@@ -10,12 +10,14 @@ from selfpruner.cells import Row
 
 Unit = Literal["evaluations", "tokens"]
 
+_TOTALS = ("llm_calls", "llm_tokens", "fallbacks", "duplicates", "seconds")
+
 
 def tables(rows: Sequence[Row]) -> str:
     """Return Markdown: one table at equal evaluations and, where an LLM took part, at equal tokens.
 
     Equal means what the most frugal run spent in all; every run is read off at that point of its
-    course. Figures are means over seeds with the standard deviation.
+    course. Figures are means over seeds, with the standard deviation where there are several.
     """
     parts = [_table(rows, "evaluations", min(x["figures"]["evaluations"] for x in rows))]
     asking = [x for x in rows if x["figures"]["llm_tokens"]]
@@ -29,26 +31,26 @@ def _table(rows: Sequence[Row], unit: Unit, limit: int) -> str:
     arms = list(dict.fromkeys(x["cell"]["arm"] for x in rows))
     groups = {arm: [x["figures"] for x in rows if x["cell"]["arm"] == arm] for arm in arms}
     order = sorted(arms, key=lambda arm: statistics.fmean(_values(groups[arm], unit, limit)))
-    head = (
-        f"At {limit} {unit} of every run, best first:\n\n"
-        "| arm | runs | fitness, fresh tokens | fitness, search tokens | evaluations | "
-        "LLM tokens | fallbacks | duplicates | seconds |\n|---|---|---|---|---|---|---|---|---|"
-    )
-    return "\n".join([head, *(_line(arm, groups[arm], unit, limit) for arm in order)])
+    # Read off before its end, a run's totals would mislead.
+    totals = _TOTALS if unit == "evaluations" else ()
+    columns = ["arm", "runs", "fitness, fresh tokens", "fitness, search tokens"]
+    columns += [name.replace("_", " ") for name in totals]
+    lines = [columns, ["---"] * len(columns)]
+    lines += [_line(arm, groups[arm], unit, limit, totals) for arm in order]
+    head = f"At {limit} {unit} of every run, best first:\n"
+    return "\n".join([head, *(f"| {' | '.join(x)} |" for x in lines)])
 
 
-def _line(arm: str, runs: list[dict[str, Any]], unit: Unit, limit: int) -> str:
-    cells = [
+def _line(
+    arm: str, runs: list[dict[str, Any]], unit: Unit, limit: int, totals: Sequence[str]
+) -> list[str]:
+    return [
         arm,
         str(len(runs)),
         _spread(_values(runs, unit, limit)),
         _spread(_values(runs, unit, limit, "fitness")),
-        *(
-            f"{statistics.fmean(x[name] for x in runs):.0f}"
-            for name in ("evaluations", "llm_tokens", "fallbacks", "duplicates", "seconds")
-        ),
+        *(f"{statistics.fmean(x[name] for x in runs):.0f}" for name in totals),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def _values(
@@ -65,5 +67,6 @@ def _step(steps: list[dict[str, Any]], unit: Unit, limit: int) -> dict[str, Any]
 
 
 def _spread(values: list[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.4f} ± {deviation:.4f}"
+    """Return the mean, with the standard deviation where there is one."""
+    mean = f"{statistics.fmean(values):.4f}"
+    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
