@@ -79,6 +79,11 @@ class Purse:
         self._limits, self._spent = limits, spent
         self._reserved: dict[int, Charge] = {}
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no call is under way."""
+        return not self._reserved
+
     def reserve(self, key: int, worst: Charge) -> str | None:
         """Set aside the worst case of call `key`, or return the limit that it might pass."""
         total = sum(self._reserved.values(), self._spent) + worst

@@ -105,6 +105,7 @@ class _Calls(Generic[T]):
         self.generation, self.attempt = generation, attempt
         self.replies: dict[int, LlmLine] = {}
         self.skipped: set[int] = set()
+        self.waiting: list[int] = []
         self.tokens = dict.fromkeys(questions, 0)
 
     def make(self) -> None:
@@ -112,9 +113,10 @@ class _Calls(Generic[T]):
         for i in self.questions:
             for line in self._on_file(i):
                 self._count(i, line)
-        waiting = [i for i in self.questions if i not in self.replies and i not in self.skipped]
+        done = self.replies.keys() | self.skipped
+        self.waiting = [i for i in self.questions if i not in done]
         try:
-            while wave := self._wave(waiting):
+            while wave := self._wave():
                 for completion in self._completions(wave):
                     i = wave[completion.request]
                     self._log(self._line(i, completion))
@@ -124,18 +126,18 @@ class _Calls(Generic[T]):
                 raise
             get_stream_writer()({"kind": "down", "reason": str(error)})
 
-    def _wave(self, waiting: list[int]) -> list[int]:
-        """Take from `waiting` the calls that can be paid together, in order, at their worst.
+    def _wave(self) -> list[int]:
+        """Take from those waiting the calls that can be paid together, in order, at their worst.
 
         The next one waits until these are settled; one that does not fit even then is skipped.
         What is skipped therefore depends on what earlier calls did cost, not on waves.
         """
         wave: list[int] = []
-        while waiting:
-            limit = self._limit(waiting[0])
+        while self.waiting:
+            limit = self._limit(self.waiting[0])
             if limit is not None and wave:
                 break
-            i = waiting.pop(0)
+            i = self.waiting.pop(0)
             if limit is None:
                 wave.append(i)
             else:
@@ -150,10 +152,15 @@ class _Calls(Generic[T]):
         yield from self.context.driver.complete(requests, lambda r: self._may_retry(wave[r]))
 
     def _may_retry(self, i: int) -> bool:
-        """Return whether a failed call may be made again; its worst case is set aside anew."""
+        """Return whether a failed call may be made again now; its worst case is set aside anew.
+
+        Where other calls are in the way it waits until they are settled.
+        """
         limit = self._limit(i)
-        if limit is not None:
+        if limit is not None and self.purse.is_idle:
             self._skip(i, limit)
+        elif limit is not None:
+            self.waiting = sorted([*self.waiting, i])
         return limit is None
 
     def _limit(self, i: int) -> str | None:
@@ -164,6 +171,7 @@ class _Calls(Generic[T]):
     def _skip(self, i: int, limit: str) -> None:
         """Log that a call is not made."""
         self.skipped.add(i)
+        self.purse.settle(i, Charge())
         nothing = Completion(i, None, 0, 0, 0.0, "")
         self._log(replace(self._line(i, nothing), outcome=f"skipped: search.{limit}"))
 
