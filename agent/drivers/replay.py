@@ -39,7 +39,9 @@ class ReplayDriver:
         """
         missing: list[Place] = []
         for number, request in enumerate(requests):
-            for line in self._tries.get(request.place, ()):
+            tries = self._tries.get(request.place, [])
+            while tries:
+                line = tries.pop(0)  # a request that comes again goes on with its next try
                 yield _completion(number, line)
                 if line.reply is not None or not may_retry(number):
                     break
