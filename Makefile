@@ -54,7 +54,7 @@ demo-vllm: $(STAMP) $(VLLM_STAMP)  ## the demo, driven by a vLLM server that the
 test: $(STAMP)  ## run all tests but the soak
 	$(BIN)/python -m pytest $(ARGS)
 
-soak: $(STAMP)  ## kill and resume searches many times, and the demo itself (half an hour)
+soak: $(STAMP)  ## kill and resume searches many times, and the demo itself (15 minutes)
 	$(BIN)/python -m pytest -m soak $(ARGS)
 
 lint: $(STAMP)  ## style, types and the arrows between rooms

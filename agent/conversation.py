@@ -146,8 +146,7 @@ class _Calls(Generic[T]):
 
     def _completions(self, wave: list[int]) -> Iterator[Completion]:
         """Yield the tries of the driver at the questions of `wave`."""
-        if self.context.driver is None:
-            raise ValueError("search.allocator: llm needs a driver, driver.kind is none")
+        assert self.context.driver is not None
         requests = [self._request(self.questions[i]) for i in wave]
         yield from self.context.driver.complete(requests, lambda r: self._may_retry(wave[r]))
 

@@ -49,6 +49,7 @@ class Arena:
         prunable, errors = rank(bench, progress)
         _fix_order(prunable, errors, bench, folder)
         speed = _speed_model(bench, prunable, folder, progress)
+        choices = _choices(bench)
         score, selection = (
             Fitness(
                 prunable,
@@ -56,7 +57,7 @@ class Arena:
                 bench.family,
                 bench.config.fitness,
                 tokens,
-                choices=_choices(bench),
+                choices=choices,
                 speed=speed,
                 batch_size=bench.config.evaluation.batch_size,
             )
@@ -89,8 +90,9 @@ def _fix_order(
     found = order_hash(prunable.orders(Plan.dense(bench.architecture)))
     if not folder.order.exists():
         folder.statistics.mkdir(exist_ok=True)
-        folder.write_json(f"{folder.statistics.name}/{folder.order.name}", {"order_hash": found})
+        # The order last: where it stands, the errors do too.
         folder.write_json(f"{folder.statistics.name}/errors.json", errors)
+        folder.write_json(f"{folder.statistics.name}/{folder.order.name}", {"order_hash": found})
         return
     began = folder.read_json(f"{folder.statistics.name}/{folder.order.name}")["order_hash"]
     if began != found:
