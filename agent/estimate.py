@@ -25,7 +25,7 @@ class Estimate:
 def estimate(context: SearchContext) -> Estimate:
     """Return a guess from the first prompt, the longest reply being used to a half."""
     settings, driver = context.settings, context.driver_settings
-    if settings.allocator != "llm":
+    if not settings.asks_llm:
         return Estimate(0, 0, 0.0)
     first = min(settings.population, settings.evaluations)
     brood = settings.crossover + settings.mutate

@@ -121,12 +121,13 @@ def run_search(
         control: asks for a stop between two steps.
 
     Raises:
-        ValueError: the llm allocator lacks a driver or a strategy.
+        ValueError: an allocator with an LLM lacks a driver or a strategy.
         SearchDrainedError: `control` asked for the stop.
         DriverError: all drivers gave up.
     """
-    if context.settings.allocator == "llm" and (not context.driver or not context.strategy):
-        raise ValueError("search.allocator: llm needs a driver and a strategy, driver is none")
+    if context.settings.asks_llm and (not context.driver or not context.strategy):
+        name = context.settings.allocator
+        raise ValueError(f"search.allocator: {name} needs a driver and a strategy, driver is none")
     with closing(sqlite3.connect(checkpoint_path, check_same_thread=False)) as connection:
         runnable = build_graph().compile(checkpointer=SqliteSaver(connection), name="search")
         stopped = _run(runnable, context, on_event, control)

@@ -11,7 +11,7 @@ from langgraph.runtime import Runtime
 
 from agent import population
 from agent.candidate import Candidate
-from agent.operators import Proposal, choose_parents, propose
+from agent.operators import Proposal, choose_parents, operators_of, propose
 from agent.questions import Slot
 from agent.state import SearchContext, SearchState
 from pruning.plan import Plan
@@ -54,8 +54,6 @@ def select(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
     """Choose the parents of the next generation."""
     context = runtime.context
     generation = state["generation"] + 1
-    if context.settings.allocator == "random":
-        return {"generation": generation, "parents": []}
     slot = context.settings.crossover + context.settings.mutate
     parents = choose_parents(context, generation, slot)
     return {"generation": generation, "parents": [x.id for x in parents]}
@@ -64,7 +62,7 @@ def select(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
 def crossover(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
     """Propose offspring of pairs of parents."""
     context, generation = runtime.context, state["generation"]
-    if len(state["parents"]) < 2:
+    if len(state["parents"]) < 2 or not operators_of(context).crosses:
         return {"pending": []}
     parents = _by_id(context, state["parents"])
     slots = []
@@ -76,13 +74,14 @@ def crossover(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
 
 
 def mutate(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
-    """Propose offspring of single parents, every other one of the first parent."""
+    """Propose offspring of single parents, every other one of the first; new plans without any."""
     context, generation = runtime.context, state["generation"]
     settings = context.settings
     parents = _by_id(context, state["parents"])
-    numbers = range(settings.crossover, settings.crossover + settings.mutate)
-    if settings.allocator == "random":
-        slots = [Slot(generation, i, "generate") for i in range(numbers.stop)]
+    first = settings.crossover if operators_of(context).crosses else 0
+    numbers = range(first, settings.crossover + settings.mutate)
+    if not parents:
+        slots = [Slot(generation, i, "generate") for i in numbers]
     else:
         turns = [0 if i % 2 == 0 else (i // 2 + 1) % len(parents) for i in range(len(numbers))]
         slots = [

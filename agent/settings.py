@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, Self
+from typing import Annotated, Literal, Self, cast, get_args
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-AllocatorName = Literal["llm", "evolution", "random", "uniform", "uniform_mlp", "heuristic"]
+Operators = Literal["random", "random_seeded", "genetic", "evolution", "cma", "guided"]
+AllocatorName = Literal[
+    "llm",
+    "hybrid",
+    "random",
+    "random_seeded",
+    "genetic",
+    "evolution",
+    "cma",
+    "guided",
+    "uniform",
+    "uniform_mlp",
+    "heuristic",
+    "knapsack",
+    "owl",
+    "flap_global",
+]
 Granularity = Literal["layer", "block"]
 DriverKind = Literal["embedded", "api", "vllm", "replay", "none"]
 Structured = Literal["auto", "json_schema", "json_object", "text"]
@@ -51,8 +67,12 @@ class SearchSettings(BaseModel):
     seconds: float | None = Field(
         None, gt=0, description="limit on seconds, asked before each operator; null: none"
     )
-    classical_share: float = Field(
-        0.0, ge=0, le=1, description="share of every operator's proposals made without the LLM"
+    operators: Operators = Field(
+        "genetic",
+        description="classical operators of hybrid, and of llm where a reply cannot be used",
+    )
+    llm_share: Annotated[float, Field(ge=0, le=1)] | Literal["learned"] = Field(
+        0.5, description="hybrid: share of proposals that the LLM makes, or learned as it goes"
     )
     seed_plan: bool = Field(True, description="one heuristic plan in the first generation")
     min_rate: float = Field(0.0, ge=0, lt=1, description="least removed share of a block")
@@ -61,6 +81,26 @@ class SearchSettings(BaseModel):
     finalists: int = Field(
         3, ge=1, le=1000, description="best candidates handed back for scoring on fresh tokens"
     )
+
+    @property
+    def asks_llm(self) -> bool:
+        """Whether an LLM takes part."""
+        return self.allocator in ("llm", "hybrid") and self.share_asked != 0
+
+    @property
+    def classical(self) -> Operators:
+        """Who proposes where no LLM does; meaningless for an allocator of one fixed plan."""
+        for name in get_args(Operators):
+            if name == self.allocator:
+                return cast(Operators, name)
+        return self.operators
+
+    @property
+    def share_asked(self) -> float | Literal["learned"]:
+        """The LLM's share of proposals: all of llm's, none of the classical allocators'."""
+        if self.allocator == "hybrid":
+            return self.llm_share
+        return 1.0 if self.allocator == "llm" else 0.0
 
     @model_validator(mode="after")
     def _has_a_way_forward(self) -> SearchSettings:

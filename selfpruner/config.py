@@ -84,9 +84,9 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _proposals_have_a_driver(self) -> Self:
-        asks_llm = self.search.allocator == "llm" and self.search.classical_share < 1
-        if asks_llm and self.driver.kind == "none":
-            raise ValueError("driver.kind: got 'none'; search.allocator llm needs a driver")
+        if self.search.asks_llm and self.driver.kind == "none":
+            name = self.search.allocator
+            raise ValueError(f"driver.kind: got 'none'; search.allocator {name} needs a driver")
         return self
 
     def to_yaml(self) -> str:

@@ -27,7 +27,7 @@ def check_words_and_drivers(config: RunConfig) -> None:
     Raises:
         ValueError: one line.
     """
-    if config.search.allocator == "llm":
+    if config.search.asks_llm:
         load_strategy(config.search.strategy)
         check_drivers(config.driver.chain)
 
@@ -58,7 +58,7 @@ def search(arena: Arena, config: RunConfig, folder: RunFolder, progress: Progres
 def _context(
     arena: Arena, config: RunConfig, folder: RunFolder, progress: Progress
 ) -> SearchContext:
-    bench, asks = arena.bench, config.search.allocator == "llm"
+    bench, asks = arena.bench, config.search.asks_llm
     return SearchContext(
         settings=config.search,
         driver_settings=config.driver,

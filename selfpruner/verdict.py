@@ -129,7 +129,7 @@ def _quality(
 
 def _search_numbers(config: RunConfig, outcome: Outcome) -> SearchNumbers:
     found = outcome.found
-    asks_llm = config.search.allocator == "llm"
+    asks_llm = config.search.asks_llm
     driver = ", then ".join(f"{x.kind}: {x.model or config.model}" for x in config.driver.chain)
     return SearchNumbers(
         allocator=config.search.allocator,
