@@ -17,7 +17,7 @@ import agent.graph
 from agent.candidate import Candidate
 from agent.graph import SearchResult, build_graph, picture, run_search
 from agent.ledger import Ledger
-from agent.nodes import NOT_FINITE
+from agent.racing import NOT_FINITE
 from agent.state import SearchContext
 
 Scene = Callable[..., SearchContext]
