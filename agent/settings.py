@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import Annotated, Literal, Self, cast, get_args
 from urllib.parse import urlsplit
 
@@ -33,6 +34,51 @@ _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 
 
+class RacingSettings(BaseModel):
+    """When a plan is scored no further because another one is better."""
+
+    model_config = _STRICT
+
+    rounds: tuple[float, ...] = Field(
+        (0.125, 0.25, 0.5, 1.0),
+        min_length=1,
+        description="shares of the sequences that plans have seen after each round, up to 1; at "
+        "least one new sequence a round",
+    )
+    bound: float | None = Field(
+        3.0,
+        gt=0,
+        description="standard errors by which a plan must be worse than the best one to drop "
+        "out; null: none drops out for that",
+    )
+    survivors: tuple[int, ...] | None = Field(
+        None, description="plans left after each round but the last, at most; null: any number"
+    )
+
+    @property
+    def is_off(self) -> bool:
+        """Whether every plan sees all sequences."""
+        return self.bound is None and self.survivors is None
+
+    @model_validator(mode="after")
+    def _leads_to_the_end(self) -> Self:
+        rising = all(x < y for x, y in pairwise((0.0, *self.rounds)))
+        if not rising or self.rounds[-1] != 1:
+            raise ValueError(
+                f"search.racing.rounds: got {self.rounds}, want rising shares from above 0 to 1"
+            )
+        left = self.survivors
+        if left is None:
+            return self
+        falling = all(x >= y for x, y in pairwise((*left, 1)))
+        if not falling or len(left) != len(self.rounds) - 1:
+            raise ValueError(
+                f"search.racing.survivors: got {left}, want {len(self.rounds) - 1} counts, none "
+                "above the one before it or below 1"
+            )
+        return self
+
+
 class SearchSettings(BaseModel):
     """How plans are proposed and when the search ends."""
 
@@ -53,8 +99,13 @@ class SearchSettings(BaseModel):
     crossover: int = Field(4, ge=0, le=10_000, description="offspring of two a generation")
     mutate: int = Field(8, ge=0, le=10_000, description="offspring of one a generation")
     evaluations: int = Field(
-        120, ge=1, le=1_000_000, description="limit on scored distinct plans, all generations"
+        120,
+        ge=1,
+        le=1_000_000,
+        description="limit on full evaluations, all generations; a plan that drops out of a race "
+        "counts for the share of the sequences that it has seen",
     )
+    racing: RacingSettings = Field(RacingSettings(), description="when a plan is scored no further")
     calls: int | None = Field(
         None, ge=0, description="limit on calls of the LLM, failed ones included; null: none"
     )

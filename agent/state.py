@@ -33,7 +33,7 @@ class SearchState(TypedDict):
     Attributes:
         generation: the one being made, from 0.
         pending: proposals that wait for scores, as JSON.
-        scores: one `{fitness, stderr, sequences, seconds}` for each pending proposal.
+        scores: one `{fitness, stderr, sequences, of, values, seconds}` for each pending proposal.
         parents: ids of the selected candidates.
         stopped: why the search ends, or None.
         seconds: spent up to the last recorded generation.
@@ -41,7 +41,7 @@ class SearchState(TypedDict):
 
     generation: int
     pending: list[dict[str, Any]]
-    scores: list[dict[str, float]]
+    scores: list[dict[str, Any]]
     parents: list[int]
     stopped: str | None
     seconds: float
@@ -57,7 +57,7 @@ class SearchContext:
         seed: with the replies of the driver, all that randomness depends on.
         grid, budget: the allowed plans.
         score: plans and sequence indices to fitness per sequence, lower is better.
-        sequences: indices that `score` is asked for.
+        sequences: indices that `score` is asked for, in the order in which plans meet them.
         sensitivity: `[layer][block][level]` cut errors, block 0 attention and 1 MLP.
         assess: accuracy (0 to 1) and speedup (above 0) of the best plan of a generation, or None.
         driver, strategy: needed by the llm allocator only.

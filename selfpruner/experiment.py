@@ -117,7 +117,8 @@ def _searched(arena: Arena, run: RunConfig, path: Path, progress: Progress) -> d
     found = search(arena.proposing(run), run, folder, progress)
     ledger = Ledger(folder.path)
     return {
-        "evaluations": found.evaluations,
+        "evaluations": found.equivalents,
+        "plans": found.evaluations,
         "llm_calls": found.llm_calls,
         "llm_tokens": found.llm_tokens,
         "fallbacks": found.fallbacks,
@@ -126,7 +127,7 @@ def _searched(arena: Arena, run: RunConfig, path: Path, progress: Progress) -> d
         "seconds": round(found.seconds, 1),
         "steps": [
             {
-                "evaluations": x.id + 1,
+                "evaluations": _evaluations_until(ledger, x),
                 "tokens": _tokens_until(ledger, x),
                 "fitness": x.fitness,
                 "selection_fitness": mean_fitness(arena.selection, x.plan),
@@ -137,12 +138,17 @@ def _searched(arena: Arena, run: RunConfig, path: Path, progress: Progress) -> d
 
 
 def _improvements(ledger: Ledger) -> list[Candidate]:
-    """Return the candidates that were the best when they were scored."""
+    """Return the complete candidates that were the best when they were scored."""
     kept: list[Candidate] = []
     for candidate in ledger.candidates():
-        if not kept or candidate.fitness < kept[-1].fitness:
+        if candidate.is_complete and (not kept or candidate.fitness < kept[-1].fitness):
             kept.append(candidate)
     return kept
+
+
+def _evaluations_until(ledger: Ledger, candidate: Candidate) -> float:
+    """Return the full evaluations that scoring took up to this candidate."""
+    return float(sum(x.charge for x in ledger.candidates() if x.id <= candidate.id))
 
 
 def _tokens_until(ledger: Ledger, candidate: Candidate) -> int:

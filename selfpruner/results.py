@@ -63,14 +63,16 @@ class BudgetNumbers(Record):
 class SearchNumbers(Record):
     """How the plan was found. `driver` and `strategy` are None where no LLM took part.
 
-    `llm_failures` are calls without a reply, `duplicates` replies with a plan known already;
-    `stopped` names the limit that ended the search.
+    `evaluations` are plans scored, `equivalents` full evaluations charged for them (None in results
+    of a version without racing). `llm_failures` are calls without a reply, `duplicates` replies
+    with a plan known already; `stopped` names the limit that ended the search.
     """
 
     allocator: str
     driver: str | None
     strategy: str | None
     evaluations: NonNegativeInt
+    equivalents: NonNegativeFloat | None = None
     llm_calls: NonNegativeInt
     llm_tokens: NonNegativeInt
     llm_cost: NonNegativeFloat

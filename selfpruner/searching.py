@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 
+import numpy as np
 from langgraph.runtime import RunControl
 
 from agent.estimate import estimate
@@ -45,10 +46,10 @@ def search(arena: Arena, config: RunConfig, folder: RunFolder, progress: Progres
             stack.enter_context(closing(context.driver))
         _announce(context, progress)
         advance = stack.enter_context(progress.stage("search", config.search.evaluations))
-        advance(len(context.ledger.candidates()))
+        advance(int(context.ledger.equivalents()))
         control = RunControl()
         stack.enter_context(draining(control, progress.note))
-        tell = _narrator(advance, progress)
+        tell = _narrator(advance, progress, int(context.ledger.equivalents()))
         try:
             return run_search(context, folder.checkpoints, on_event=tell, control=control)
         except SearchDrainedError as drained:
@@ -66,7 +67,7 @@ def _context(
         grid=bench.grid,
         budget=bench.budget,
         score=arena.score,
-        sequences=range(arena.score.num_sequences),
+        sequences=_meeting_order(arena.score.num_sequences, config.seed),
         sensitivity=arena.errors,
         assess=arena.assess,
         driver=open_driver(bench, config.driver.chain, folder, progress) if asks else None,
@@ -75,6 +76,14 @@ def _context(
         clock=time.monotonic,
         unit_latency=arena.speed.per_unit(bench.grid),
     )
+
+
+def _meeting_order(num_sequences: int, seed: int) -> tuple[int, ...]:
+    """Return the sequences in the order in which plans meet them.
+
+    Sequences that follow one another are of one document; the first ones shall speak for all.
+    """
+    return tuple(np.random.default_rng(seed).permutation(num_sequences).tolist())
 
 
 def _announce(context: SearchContext, progress: Progress) -> None:
@@ -88,12 +97,20 @@ def _announce(context: SearchContext, progress: Progress) -> None:
         progress.note(f"estimate: {guess.calls} calls of the LLM, {guess.tokens} tokens{cost}")
 
 
-def _narrator(advance: Callable[..., None], progress: Progress) -> Callable[[Event], None]:
-    """Return a listener that moves the bar and prints a line a generation and a failure."""
+def _narrator(
+    advance: Callable[..., None], progress: Progress, done: int
+) -> Callable[[Event], None]:
+    """Return a listener that moves the bar and prints a line a generation and a failure.
+
+    `done`: full evaluations that the bar shows already.
+    """
 
     def tell(event: Event) -> None:
+        nonlocal done
         if event["kind"] == "candidate":
-            advance()
+            now = int(event["equivalents"])
+            advance(now - done)
+            done = now
         elif event["kind"] == "llm" and event["outcome"].startswith(("failed", "skipped")):
             progress.note(f"LLM call of generation {event['generation']}: {event['outcome']}")
         elif event["kind"] == "down":

@@ -136,6 +136,7 @@ def _search_numbers(config: RunConfig, outcome: Outcome) -> SearchNumbers:
         driver=driver if asks_llm else None,
         strategy=config.search.strategy if asks_llm else None,
         evaluations=found.evaluations,
+        equivalents=found.equivalents,
         llm_calls=found.llm_calls,
         llm_tokens=found.llm_tokens,
         llm_cost=found.llm_cost,

@@ -19,7 +19,7 @@ from agent.allocators import uniform
 from agent.candidate import Candidate
 from agent.graph import SearchResult, build_graph, picture, run_search
 from agent.ledger import Ledger
-from agent.nodes import NOT_FINITE
+from agent.racing import NOT_FINITE
 from agent.state import SearchContext
 
 Scene = Callable[..., SearchContext]

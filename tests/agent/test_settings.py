@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from agent.budget import Spending
 from agent.ledger import Ledger
-from agent.settings import DriverSettings, SearchSettings
+from agent.settings import DriverSettings, RacingSettings, SearchSettings
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_driver_settings_refuse() -> None:
 
 
 def test_every_field_is_documented_and_frozen() -> None:
-    for model in (SearchSettings, DriverSettings):
+    for model in (SearchSettings, RacingSettings, DriverSettings):
         for name, field in model.model_fields.items():
             documented = field.description or name in ("kind",)
             assert documented, name
