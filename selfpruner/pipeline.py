@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from agent.graph import SearchResult
 from agent.ledger import Ledger
 from pruning.elastic import Prunable
 from pruning.export import export, is_stock
@@ -16,8 +15,8 @@ from pruning.plan import Plan
 from pruning.ranking import order_hash
 from selfpruner.arena import Arena
 from selfpruner.config import RunConfig
-from selfpruner.finishing import control_models, finish, mean_fitness
-from selfpruner.fitness import Fitness
+from selfpruner.finishing import best_on_fresh_tokens, control_models, finish
+from selfpruner.front import front
 from selfpruner.heap import share_heap
 from selfpruner.model_card import model_card
 from selfpruner.progress import Progress
@@ -49,14 +48,15 @@ def compress(config: RunConfig, folder: RunFolder, progress: Progress) -> Path:
     arena = Arena.open(bench, folder, progress)
     found = search(arena, config, folder, progress)
     prunable, selection = arena.prunable, arena.selection
-    best, selected = _selected(found, selection)
+    best, selected = best_on_fresh_tokens(found, selection)
+    points = front(arena, found, folder, progress) if config.front.targets else ()
     _write_plan(bench, prunable, best, folder)
     model, refitted = finish(bench, prunable, best, selection, progress)
     controls, warnings = control_models(bench, prunable, selection, progress)
     del prunable, selection, arena
     pruned = export(model, bench.tokenizer, folder.model, getattr(torch, config.export.dtype))
     _check_export(pruned, folder.model, bench)
-    outcome = Outcome(best, found, selected, refitted, controls, warnings)
+    outcome = Outcome(best, found, selected, refitted, controls, warnings, points)
     results = verdict(bench, pruned, outcome, Ledger(folder.path), progress)
     results.save(folder.results)
     card = model_card(results, is_stock(pruned))
@@ -79,13 +79,6 @@ def _check_disk(bench: Workbench, folder: RunFolder) -> None:
         raise ValueError(
             f"{folder}: {free / 1e6:.0f} MB are free, the pruned model needs {needed / 1e6:.0f} MB"
         )
-
-
-def _selected(found: SearchResult, selection: Fitness) -> tuple[Plan, float]:
-    """Return the finalist with the best fitness on fresh tokens, and that fitness."""
-    scored = [(mean_fitness(selection, x.plan), i) for i, x in enumerate(found.finalists)]
-    fitness, index = min(scored)
-    return found.finalists[index].plan, fitness
 
 
 def _write_plan(bench: Workbench, prunable: Prunable, plan: Plan, folder: RunFolder) -> None:

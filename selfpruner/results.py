@@ -187,6 +187,24 @@ class GenerationRow(Record):
     speedup: PositiveFloat | None
 
 
+class FrontPoint(Record):
+    """The best plan within one budget, before any refit.
+
+    `achieved` in the unit of the target, `speedup` predicted, `seconds` of its search, fitness on
+    the search tokens and on fresh ones; `plan` as `Plan.to_json` has it.
+    """
+
+    target: PositiveFloat
+    achieved: PositiveFloat
+    parameters: PositiveInt
+    speedup: PositiveFloat
+    fitness: Finite
+    selection_fitness: Finite
+    evaluations: PositiveInt
+    seconds: NonNegativeFloat
+    plan: Annotated[tuple[tuple[int, int, int], ...], Field(strict=False)]
+
+
 class Control(Record):
     """A simple plan within the same budget, pruned by the same recipe."""
 
@@ -249,6 +267,7 @@ class Results(Record):
     units_dense: Units
     history: Annotated[tuple[HistoryRow, ...], Field(strict=False)]
     generations: Annotated[tuple[GenerationRow, ...], Field(strict=False)]
+    front: Annotated[tuple[FrontPoint, ...], Field(strict=False)] = ()
     controls: dict[str, Control]
     samples: Annotated[tuple[Sample, ...], Field(strict=False)]
     cost: Cost

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 
 import numpy as np
@@ -14,6 +14,7 @@ from agent.graph import Event, SearchDrainedError, SearchResult, run_search
 from agent.ledger import Ledger
 from agent.state import SearchContext
 from prompts.library import load_strategy
+from pruning.plan import Plan
 from selfpruner.arena import Arena
 from selfpruner.config import RunConfig
 from selfpruner.driving import check_drivers, open_driver
@@ -33,15 +34,23 @@ def check_words_and_drivers(config: RunConfig) -> None:
         check_drivers(config.driver.chain)
 
 
-def search(arena: Arena, config: RunConfig, folder: RunFolder, progress: Progress) -> SearchResult:
+def search(
+    arena: Arena,
+    config: RunConfig,
+    folder: RunFolder,
+    progress: Progress,
+    starts: Sequence[Plan] = (),
+) -> SearchResult:
     """Return the outcome of the search of `config`, begun or gone on with in `folder`.
+
+    `starts` are plans that its first generation scores beside the seed plan.
 
     Raises:
         KeyboardInterrupt: a signal asked for a stop; TerminatedError for SIGTERM.
         DriverError: all drivers gave up.
     """
     with ExitStack() as stack:
-        context = _context(arena, config, folder, progress)
+        context = _context(arena, config, folder, progress, starts)
         if context.driver is not None:
             stack.enter_context(closing(context.driver))
         _announce(context, progress)
@@ -57,7 +66,11 @@ def search(arena: Arena, config: RunConfig, folder: RunFolder, progress: Progres
 
 
 def _context(
-    arena: Arena, config: RunConfig, folder: RunFolder, progress: Progress
+    arena: Arena,
+    config: RunConfig,
+    folder: RunFolder,
+    progress: Progress,
+    starts: Sequence[Plan],
 ) -> SearchContext:
     bench, asks = arena.bench, config.search.asks_llm
     return SearchContext(
@@ -75,6 +88,7 @@ def _context(
         ledger=Ledger(folder.path),
         clock=time.monotonic,
         unit_latency=arena.speed.per_unit(bench.grid),
+        starts=starts,
     )
 
 

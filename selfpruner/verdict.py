@@ -22,6 +22,7 @@ from selfpruner.results import (
     Control,
     Cost,
     Evaluation,
+    FrontPoint,
     GenerationRow,
     HistoryRow,
     LayerUnits,
@@ -51,6 +52,7 @@ class Outcome:
     refit: Refit | None
     controls: Mapping[str, Control]
     warnings: tuple[str, ...]
+    front: tuple[FrontPoint, ...] = ()
 
 
 def verdict(
@@ -96,6 +98,7 @@ def verdict(
         ),
         history=_history(ledger),
         generations=tuple(GenerationRow(**x) for x in outcome.found.generations),
+        front=outcome.front,
         controls=dict(outcome.controls),
         samples=samples,
         cost=Cost(stage_seconds=dict(progress.seconds), peak_memory_bytes=peak_resident_bytes()),
