@@ -110,14 +110,14 @@ def fit(
     x_NW = np.column_stack([np.ones(len(y_N)), losses_NB.sum(axis=1), losses_NB])
     mean_W, variance_W = _prior(x_NW, y_N)
     if len(y_N) < 2 or np.ptp(y_N) == 0:
-        return Surrogate(curves, mean_W, np.diag(variance_W * _own(x_NW, _DIFFERENCES[1])))
+        return Surrogate(curves, mean_W, np.diag(_spread(variance_W, _DIFFERENCES[1])))
     distance = y_N - y_N.min()
     noise_N = (1 + (distance / np.median(distance[distance > 0])) ** 2) / np.array(shares)
     centre = np.average(y_N, weights=1 / noise_N)
     unit = float(np.average((y_N - centre) ** 2, weights=1 / noise_N))
     unit = max(unit, (_ROUNDING * float(np.abs(y_N).max())) ** 2)
     tried = [
-        _posterior(x_NW, y_N, mean_W, variance_W * _own(x_NW, spread), misfit * unit * noise_N)
+        _posterior(x_NW, y_N, mean_W, _spread(variance_W, spread), misfit * unit * noise_N)
         for spread, misfit in product(_DIFFERENCES, _MISFITS)
     ]
     _, mean_W, covariance_WW = max(tried, key=lambda x: x[0])
@@ -125,9 +125,7 @@ def fit(
 
 
 def _prior(x_NW: Floats, y_N: Floats) -> tuple[Floats, Floats]:
-    """Return mean and variance of the weights before any plan is told; of the blocks' parts,
-    the variance is that of the common scale.
-    """
+    """Return mean and variance of the weights beforehand, as if the blocks' parts spread by 1."""
     mean_W, total = np.zeros(x_NW.shape[1]), float(x_NW[:, 1].mean()) if len(y_N) else 0.0
     level = float(np.abs(y_N).mean()) if len(y_N) else 0.0
     mean_W[1] = level / total if total > 0 and level > 0 else 1.0
@@ -137,11 +135,9 @@ def _prior(x_NW: Floats, y_N: Floats) -> tuple[Floats, Floats]:
     return mean_W, variance_W
 
 
-def _own(x_NW: Floats, spread: float) -> Floats:
-    """Return factors (W,) that make the spread of the blocks' own parts `spread` common scales."""
-    factors = np.full(x_NW.shape[1], spread**2)
-    factors[:2] = 1.0
-    return factors
+def _spread(variance_W: Floats, spread: float) -> Floats:
+    """Return the variances with the blocks' own parts spread by `spread` common scales."""
+    return np.concatenate([variance_W[:2], spread**2 * variance_W[2:]])
 
 
 def _posterior(
