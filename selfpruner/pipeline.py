@@ -10,16 +10,19 @@ import torch
 
 from agent.graph import SearchResult
 from agent.ledger import Ledger
+from evaluators.tasks import task_texts
 from pruning.elastic import Prunable
 from pruning.export import export, is_stock
 from pruning.plan import Plan
 from pruning.ranking import order_hash
 from selfpruner.arena import Arena
 from selfpruner.config import RunConfig
+from selfpruner.data import load_choice_items
 from selfpruner.finishing import control_models, finish, mean_fitness
 from selfpruner.fitness import Fitness
 from selfpruner.heap import share_heap
 from selfpruner.model_card import model_card
+from selfpruner.overlap import check_items
 from selfpruner.progress import Progress
 from selfpruner.report import write_report
 from selfpruner.run_folder import RunFolder
@@ -46,6 +49,7 @@ def compress(config: RunConfig, folder: RunFolder, progress: Progress) -> Path:
     check_words_and_drivers(config)
     bench = prepare(config, progress)
     _check_disk(bench, folder)
+    _check_items(config)
     arena = Arena.open(bench, folder, progress)
     found = search(arena, config, folder, progress)
     prunable, selection = arena.prunable, arena.selection
@@ -79,6 +83,17 @@ def _check_disk(bench: Workbench, folder: RunFolder) -> None:
         raise ValueError(
             f"{folder}: {free / 1e6:.0f} MB are free, the pruned model needs {needed / 1e6:.0f} MB"
         )
+
+
+def _check_items(config: RunConfig) -> None:
+    """Refuse to search on items that are reported later.
+
+    Raises:
+        ValueError: one is; one line.
+    """
+    if config.data.choices and config.evaluation.tasks:
+        items = load_choice_items(config.data.choices, config.seed, config.data.root)
+        check_items(items, task_texts(config.evaluation.tasks))
 
 
 def _selected(found: SearchResult, selection: Fitness) -> tuple[Plan, float]:
