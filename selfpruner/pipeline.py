@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from agent.candidate import Candidate
 from agent.graph import SearchResult
 from agent.ledger import Ledger
 from evaluators.tasks import task_texts
@@ -53,14 +54,15 @@ def compress(config: RunConfig, folder: RunFolder, progress: Progress) -> Path:
     arena = Arena.open(bench, folder, progress)
     found = search(arena, config, folder, progress)
     prunable, selection = arena.prunable, arena.selection
-    best, selected = _selected(found, selection)
+    selected, fitness = _selected(found, selection)
+    best = selected.plan
     _write_plan(bench, prunable, best, folder)
     model, refitted = finish(bench, prunable, best, selection, progress)
     controls, warnings = control_models(bench, prunable, selection, progress)
     del prunable, selection, arena
     pruned = export(model, bench.tokenizer, folder.model, getattr(torch, config.export.dtype))
     _check_export(pruned, folder.model, bench)
-    outcome = Outcome(best, found, selected, refitted, controls, warnings)
+    outcome = Outcome(selected, found, fitness, refitted, controls, warnings)
     results = verdict(bench, pruned, outcome, Ledger(folder.path), progress)
     results.save(folder.results)
     card = model_card(results, is_stock(pruned))
@@ -96,11 +98,11 @@ def _check_items(config: RunConfig) -> None:
         check_items(items, task_texts(config.evaluation.tasks))
 
 
-def _selected(found: SearchResult, selection: Fitness) -> tuple[Plan, float]:
+def _selected(found: SearchResult, selection: Fitness) -> tuple[Candidate, float]:
     """Return the finalist with the best fitness on fresh tokens, and that fitness."""
     scored = [(mean_fitness(selection, x.plan), i) for i, x in enumerate(found.finalists)]
     fitness, index = min(scored)
-    return found.finalists[index].plan, fitness
+    return found.finalists[index], fitness
 
 
 def _write_plan(bench: Workbench, prunable: Prunable, plan: Plan, folder: RunFolder) -> None:

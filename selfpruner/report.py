@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import JsonValue
 
 from selfpruner import notation
-from selfpruner.results import NORMALISED, Results, SpeedRow, TaskNumbers
+from selfpruner.results import NORMALISED, Quality, Results, SpeedRow, TaskNumbers
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -38,6 +38,7 @@ def write_report(folder: Path) -> Path:
         origins=_origins(results),
         perplexities=_perplexities(results),
         tasks=_tasks(results),
+        resolution=_resolution(results.quality),
         kept=_kept(results),
         longest=max([*results.cost.stage_seconds.values(), 1e-9]),
         is_stock=_is_stock(folder, results),
@@ -170,6 +171,8 @@ def _perplexities(results: Results) -> list[tuple[str, list[_Row]]]:
 def _tasks(results: Results) -> list[dict[str, Any]]:
     """Return by task the cells acc, acc_norm and stderr, each `dense → pruned` in percent."""
     table = []
+    difference = results.quality.difference
+    p_values = (difference.mcnemar if difference is not None else None) or {}
     for name, after in results.quality.pruned.tasks.items():
         before = results.quality.dense.tasks.get(name)
         is_normalised = name in NORMALISED and after.acc_norm is not None
@@ -177,6 +180,7 @@ def _tasks(results: Results) -> list[dict[str, Any]]:
             "name": name,
             "n": after.n,
             "split": after.split,
+            "p": p_values.get(name),
             "cells": [
                 {"text": _change(before, after, field), "counts": counts}
                 for field, counts in (
@@ -185,6 +189,27 @@ def _tasks(results: Results) -> list[dict[str, Any]]:
             ],
         })  # fmt: skip
     return table
+
+
+def _resolution(quality: Quality) -> str | None:
+    """Return in words whether the sample of items tells the two models apart; None without."""
+    difference = quality.difference
+    if difference is None:
+        return None
+    size = f"{abs(difference.points):.2f} points"
+    if float(f"{difference.points:.2f}") == 0:
+        return "The mean has not moved."
+    items = sum(x.n for x in quality.pruned.tasks.values())
+    change = "drop" if difference.points < 0 else "gain"
+    if difference.is_resolved:
+        return (
+            f"The {change} of {size} is resolved by the {items:,} items: "
+            "its 95 % interval leaves out zero."
+        )
+    return (
+        f"The {change} of {size} is not resolved by the {items:,} items: its 95 % interval "
+        "includes zero, so more items are needed to tell it from none."
+    )
 
 
 def _change(before: TaskNumbers | None, after: TaskNumbers, field: str) -> str:

@@ -64,7 +64,9 @@ class SearchNumbers(Record):
     """How the plan was found. `driver` and `strategy` are None where no LLM took part.
 
     `llm_failures` are calls without a reply, `duplicates` replies with a plan known already;
-    `stopped` names the limit that ended the search.
+    `stopped` names the limit that ended the search. `best_fitness` is the lowest on search tokens;
+    of the plan that was selected, `selected_fitness` is on search tokens (None in files older
+    than it) and `selection_fitness` on fresh ones.
     """
 
     allocator: str
@@ -79,6 +81,7 @@ class SearchNumbers(Record):
     fallbacks: NonNegativeInt
     stopped: str
     best_fitness: Finite
+    selected_fitness: Finite = None
     selection_fitness: Finite
     wall_seconds: NonNegativeFloat
 
@@ -109,10 +112,19 @@ class QualityNumbers(Record):
 
 
 class Difference(Record):
-    """Mean accuracy, pruned minus dense, paired by item, in percentage points."""
+    """Mean accuracy, pruned minus dense, paired by item, in percentage points.
+
+    `mcnemar` is the exact two-sided p value by task; None in files older than it.
+    """
 
     points: float
     ci95: Annotated[tuple[float, float], Field(strict=False)]
+    mcnemar: dict[str, Share] | None = None
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether the 95 % interval leaves out zero."""
+        return not self.ci95[0] <= 0 <= self.ci95[1]
 
 
 class Quality(Record):
