@@ -171,6 +171,12 @@ def experiment(
         Path | None,
         typer.Option(help="File of finished cells; benchmarks/results/CONFIG.jsonl."),
     ] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Cells at a time, each in a process with its own model.")
+    ] = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of each worker; the cores shared out by default.")
+    ] = None,
 ) -> None:
     """Compare ways of proposing plans over seeds; finished cells are never run twice."""
     folder = out or Path("runs") / "experiments" / config.stem
@@ -181,7 +187,9 @@ def experiment(
 
         file = results or Path("benchmarks") / "results" / f"{config.stem}.jsonl"
         with Progress() as progress:
-            rows = study.experiment(config, folder, file, progress)
+            rows = study.run_experiment(
+                config, folder, file, progress, workers=workers, threads=threads
+            )
         typer.echo(tables(rows))
 
 

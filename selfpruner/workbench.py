@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -55,6 +55,11 @@ class Workbench:
         search = self.config.search
         return Space(self.grid, self.budget, search.min_rate, search.max_rate)
 
+    def proposing(self, config: RunConfig) -> Self:
+        """Return this bench for other settings of the search, the driver or the budget."""
+        budget = _budget(config, self.architecture, self.grid)
+        return replace(self, config=config, budget=budget)
+
     def achieved(self, plan: Plan) -> float:
         """Return what `plan` costs in the unit of the budget's target: a share, or a total."""
         cost = self.budget.cost(self.grid.levels(plan))
@@ -79,25 +84,33 @@ def prepare(config: RunConfig, progress: Progress) -> Workbench:
             config.pruning.attention_unit,
             config.pruning.prune_attention,
         )
-        dtype = resolved_dtype(config)
-        budget = Budget.of(
-            architecture,
-            grid,
-            config.budget.kind,
-            config.budget.target,
-            correction_biases=config.pruning.reconstruction != "none",
-            tokens=config.data.length,
-            bytes_per_weight=dtype.itemsize,
-        )
+        budget = _budget(config, architecture, grid)
         model, tokenizer = load(
             config.model,
-            dtype,
+            resolved_dtype(config),
             resolved_device(config),
             trust_remote_code=config.trust_remote_code,
         )
         family, architecture = family_of(model)
         texts = load_texts(config, tokenizer)
     return Workbench(config, model, tokenizer, family, architecture, grid, budget, texts)
+
+
+def _budget(config: RunConfig, architecture: Architecture, grid: Grid) -> Budget:
+    """Return what a plan may cost.
+
+    Raises:
+        ValueError: no plan is within it; one line.
+    """
+    return Budget.of(
+        architecture,
+        grid,
+        config.budget.kind,
+        config.budget.target,
+        correction_biases=config.pruning.reconstruction != "none",
+        tokens=config.data.length,
+        bytes_per_weight=resolved_dtype(config).itemsize,
+    )
 
 
 def rank(bench: Workbench, progress: Progress) -> tuple[Prunable, list[tuple[list[float], ...]]]:
