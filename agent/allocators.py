@@ -10,7 +10,9 @@ import numpy as np
 from agent.projection import Floats, Levels, Space
 
 Sensitivity = Sequence[Sequence[Sequence[float]]]
+UnitScores = Sequence[Sequence[Sequence[float]]]
 _WORST = 1e30
+_OWL_SPREAD = 0.08  # lambda of the paper
 
 
 def uniform(space: Space) -> Levels:
@@ -50,6 +52,61 @@ def heuristic(space: Space, sensitivity: Sensitivity) -> Levels:
         return float(value) - _WORST * (level >= top[1])
 
     return space.grow(levels, gain)
+
+
+def owl(space: Space, outliers: Sequence[float]) -> Levels:
+    """Return one rate a layer, lower where more activations are outliers.
+
+    OWL (Yin et al., arXiv 2310.05175, eq. 4): the shares D of outliers are scaled to a range of
+    2 lambda, and a layer keeps its own minus their mean more than the target, so that removed
+    shares lie within lambda of the asked one. `outliers[layer]` is D, lambda 0.08.
+    """
+    shares = np.asarray(outliers, dtype=np.float64)
+    spread = np.ptp(shares)
+    scaled = (shares - shares.min()) * (2 * _OWL_SPREAD / spread if spread > 0 else 0.0)
+    kept = space.target + scaled - scaled.mean()
+    return space.project(np.stack([kept, kept], axis=1))
+
+
+def flap_global(space: Space, scores: UnitScores) -> Levels:
+    """Return the plan that one threshold over all units of all layers leaves.
+
+    FLAP's adaptive structure (An et al., arXiv 2312.11983, section 3.2, "AL-AM") with what units
+    really cost, where the public code has the ratio of a LLaMA with as many KV heads as query
+    heads built in. `scores[layer][block]` are standardised scores of the units in rank order,
+    block 0 attention units and 1 MLP channels. The threshold is the lowest that the budget
+    allows; blocks below it keep their least, and channels are rounded to steps.
+    """
+    pooled = np.unique(np.concatenate([np.ravel(x) for layer in scores for x in layer]))
+    low, high = 0, len(pooled)
+    while low < high:
+        middle = (low + high) // 2
+        if _kept_cost(space, scores, pooled[middle]) <= space.budget.limit:
+            high = middle
+        else:
+            low = middle + 1
+    counts = _kept_units(space, scores, pooled[min(low, len(pooled) - 1)])
+    return space.hold(_attention_levels(space, counts), counts[:, 1] / space.grid.mlp[-1])
+
+
+def _kept_units(space: Space, scores: UnitScores, threshold: float) -> Floats:
+    """Return how many attention units and channels (layers, 2) score at least `threshold`."""
+    counts = [[(np.asarray(x) >= threshold).sum() for x in layer] for layer in scores]
+    kept: Floats = np.maximum(np.array(counts, dtype=np.float64), [1, space.grid.mlp[0]])
+    return kept
+
+
+def _attention_levels(space: Space, counts: Floats) -> list[int]:
+    """Return the largest allowed levels of at most that many units; the least where none is."""
+    levels = np.searchsorted(space.grid.attention, counts[:, 0], side="right") - 1
+    return [int(x) for x in levels.clip(min=0)]
+
+
+def _kept_cost(space: Space, scores: UnitScores, threshold: float) -> float:
+    counts = _kept_units(space, scores, threshold)
+    rows, levels = np.arange(space.layers), _attention_levels(space, counts)
+    channels = counts[:, 1] / space.grid.mlp[-1]
+    return float(space.costs[0][rows, levels].sum() + (space.costs[1][:, -1] * channels).sum())
 
 
 def _cuts(

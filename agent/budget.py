@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 
 from agent.ledger import Charge, Ledger
 from agent.settings import SearchSettings
@@ -49,14 +50,22 @@ class Spending:
         """Distinct plans scored."""
         return len(self.ledger.candidates())
 
+    @property
+    def equivalents(self) -> Fraction:
+        """Full evaluations charged: a plan counts for the share of the sequences it has seen."""
+        return self.ledger.equivalents()
+
     def evaluations_left(self, generation: int, pending: int) -> int:
-        """Return how many more plans this generation may propose when `pending` wait for scores."""
-        done = sum(1 for x in self.ledger.candidates() if x.generation < generation)
-        return max(0, self.settings.evaluations - done - pending)
+        """Return how many more plans this generation may propose when `pending` wait for scores.
+
+        A full evaluation is set aside for each of them, so that the limit is never passed.
+        """
+        left = self.settings.evaluations - self.ledger.equivalents(before=generation)
+        return max(0, int(left) - pending)
 
     def reached(self) -> str | None:
         """Return which limit ends the search, or None."""
-        if self.evaluations >= self.settings.evaluations:
+        if self.settings.evaluations - self.equivalents < 1:
             return "evaluations"
         for line in self.ledger.lines():
             if line.is_skipped:

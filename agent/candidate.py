@@ -4,11 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from fractions import Fraction
+from typing import Any, Literal, NotRequired, TypedDict, get_args
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pruning.plan import Plan
 
 Origin = Literal["llm", "llm_repaired", "fallback", "classical", "heuristic"]
+
+
+class Scores(TypedDict):
+    """What is known of a plan's fitness; lower is better.
+
+    Attributes:
+        fitness: mean over all search sequences; an estimate where the plan dropped out of a race.
+        stderr: standard error of that.
+        sequences: how many it has seen, always the first ones.
+        of: how many there are; without it, the plan has seen all.
+        values: fitness on each sequence seen; without them nothing can be paired with it.
+    """
+
+    fitness: float
+    stderr: float
+    sequences: int
+    of: NotRequired[int]
+    values: NotRequired[list[float]]
 
 
 @dataclass(frozen=True)
@@ -24,7 +46,7 @@ class Candidate:
         parents: ids.
         genotype: `[[kv_groups, q_per_group, mlp_channels], ...]`, one row a layer.
         key: `Plan.key` of the genotype.
-        scores: `fitness` (lower is better), its `stderr`, and the number of `sequences`.
+        scores: fitness and what it rests on.
         accuracy: 0 to 1 on held-out items; only the best of a generation has one.
         speedup: against the dense model, above 0; only the best of a generation has one.
         tokens: LLM tokens, prompts included, spent on this proposal.
@@ -39,7 +61,7 @@ class Candidate:
     parents: tuple[int, ...]
     genotype: tuple[tuple[int, int, int], ...]
     key: str
-    scores: dict[str, float]
+    scores: Scores
     accuracy: float | None
     speedup: float | None
     tokens: int
@@ -47,8 +69,24 @@ class Candidate:
 
     @property
     def fitness(self) -> float:
-        """Mean score over the search sequences; lower is better."""
+        """Mean score over the search sequences, or an estimate of it; lower is better."""
         return self.scores["fitness"]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the plan has seen all search sequences."""
+        return self.charge == 1
+
+    @property
+    def charge(self) -> Fraction:
+        """Share of a full evaluation that scoring took."""
+        seen = self.scores["sequences"]
+        return Fraction(seen, self.scores.get("of", seen))
+
+    @property
+    def values(self) -> NDArray[np.float64]:
+        """Fitness on each of the first sequences, as far as the plan has seen them."""
+        return np.array(self.scores.get("values", []), dtype=np.float64)
 
     @property
     def plan(self) -> Plan:

@@ -11,6 +11,7 @@ from agent.state import SearchContext
 
 _BYTES_PER_TOKEN = 3.5  # of prompts that hold many numbers
 _REPAIRS = 1.25  # calls for one proposal, as a guess
+_SEEN = 0.6  # share of the sequences that a plan sees in a race, as a guess
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,13 @@ class Estimate:
 def estimate(context: SearchContext) -> Estimate:
     """Return a guess from the first prompt, the longest reply being used to a half."""
     settings, driver = context.settings, context.driver_settings
-    if settings.allocator != "llm":
+    if not settings.asks_llm:
         return Estimate(0, 0, 0.0)
-    first = min(settings.population, settings.evaluations)
+    plans = math.ceil(settings.evaluations / (1 if settings.racing.is_off else _SEEN))
+    first = min(settings.population, plans)
     brood = settings.crossover + settings.mutate
-    generations = math.ceil((settings.evaluations - first) / brood)
-    asked = sum(is_asked(context, i) for i in range(settings.evaluations))
+    generations = math.ceil((plans - first) / brood)
+    asked = sum(is_asked(context, i) for i in range(plans))
     calls = math.ceil((asked + generations) * _REPAIRS)
     calls = calls if settings.calls is None else min(calls, settings.calls)
     messages = plan_question(context, Slot(0, 1, "generate")).messages

@@ -64,7 +64,10 @@ def remaining(view: View) -> str:
     """Return what this generation and the later ones may spend, of every limit that is set."""
     settings, spent = view.context.settings, view.context.ledger.charged(view.generation, ORDER[0])
     limits = {
-        "evaluations": (settings.evaluations, len(view.past)),
+        "evaluations": (
+            settings.evaluations,
+            float(view.context.ledger.equivalents(before=view.generation)),
+        ),
         "calls": (settings.calls, spent.calls),
         "tokens": (settings.tokens, spent.tokens),
         "money": (settings.cost, spent.cost),

@@ -41,10 +41,11 @@ class SearchResult:
     """What a search came to.
 
     Attributes:
-        best: lowest fitness on the search sequences.
+        best: lowest fitness on the search sequences, all of which it has seen.
         finalists: the best ones, `best` first, for scoring on fresh tokens.
         generations: `{generation, best_fitness, accuracy, speedup}` of each generation's best.
         evaluations: distinct plans scored.
+        equivalents: full evaluations charged, by the sequences that the plans have seen.
         llm_calls, llm_tokens, llm_cost: paid for, repairs, failed calls and prompts included.
         llm_failures: calls that brought no reply.
         duplicates: replies in order whose plan was known already.
@@ -59,6 +60,7 @@ class SearchResult:
     finalists: tuple[Candidate, ...]
     generations: tuple[dict[str, Any], ...]
     evaluations: int
+    equivalents: float
     llm_calls: int
     llm_tokens: int
     llm_cost: float
@@ -121,12 +123,13 @@ def run_search(
         control: asks for a stop between two steps.
 
     Raises:
-        ValueError: the llm allocator lacks a driver or a strategy.
+        ValueError: an allocator with an LLM lacks a driver or a strategy.
         SearchDrainedError: `control` asked for the stop.
         DriverError: all drivers gave up.
     """
-    if context.settings.allocator == "llm" and (not context.driver or not context.strategy):
-        raise ValueError("search.allocator: llm needs a driver and a strategy, driver is none")
+    if context.settings.asks_llm and (not context.driver or not context.strategy):
+        name = context.settings.allocator
+        raise ValueError(f"search.allocator: {name} needs a driver and a strategy, driver is none")
     with closing(sqlite3.connect(checkpoint_path, check_same_thread=False)) as connection:
         runnable = build_graph().compile(checkpointer=SqliteSaver(connection), name="search")
         stopped = _run(runnable, context, on_event, control)
@@ -140,8 +143,9 @@ def _run(
     control: RunControl | None,
 ) -> str:
     """Run the graph to its end and return why it stopped."""
-    # Six steps a generation, and every generation but the last scores a plan.
-    config: RunnableConfig = {**_THREAD, "recursion_limit": 10 + 6 * context.settings.evaluations}
+    # Six steps a generation, and every generation but the last scores a plan on one sequence.
+    pairs = context.settings.evaluations * len(context.sequences)
+    config: RunnableConfig = {**_THREAD, "recursion_limit": 10 + 6 * pairs}
     here = runnable.get_state(config)
     context.spending.earlier = here.values.get("seconds", 0.0)
     # Not `here.next`: it is also empty where a node ended but its step did not.
@@ -181,10 +185,13 @@ def _result(context: SearchContext, stopped: str) -> SearchResult:
     lines, charge = context.ledger.lines(), context.ledger.charged()
     accepted = sum(1 for x in lines if x.outcome == "accepted" and x.operator != "select")
     origins = Counter(x.origin for x in candidates)
-    finalists = context.ledger.best(context.settings.finalists)
+    finalists = context.ledger.best(context.settings.finalists, complete=True)
     numbers = sorted({x.generation for x in candidates})
     best = {
-        n: min((x for x in candidates if x.generation == n), key=lambda x: (x.fitness, x.id))
+        n: min(
+            (x for x in candidates if x.generation == n),
+            key=lambda x: (not x.is_complete, x.fitness, x.id),
+        )
         for n in numbers
     }
     return SearchResult(
@@ -192,6 +199,7 @@ def _result(context: SearchContext, stopped: str) -> SearchResult:
         finalists=tuple(finalists),
         generations=tuple(nodes.generation_line(n, best[n]) for n in numbers),
         evaluations=spending.evaluations,
+        equivalents=float(spending.equivalents),
         llm_calls=charge.calls,
         llm_tokens=charge.tokens,
         llm_cost=charge.cost,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +98,22 @@ class Ledger:
         """Return the candidate whose plan has this key, if it was scored."""
         return self._by_key.get(key)
 
-    def best(self, count: int, before: int | None = None) -> list[Candidate]:
-        """Return the `count` fittest candidates, of generations before `before` if given."""
+    def best(
+        self, count: int, before: int | None = None, *, complete: bool = False
+    ) -> list[Candidate]:
+        """Return the `count` fittest candidates, of generations before `before` if given.
+
+        Of equal fitness, those that have seen all sequences come first; `complete` asks for
+        no others.
+        """
         pool = [x for x in self._candidates if before is None or x.generation < before]
-        return sorted(pool, key=lambda x: (x.fitness, x.id))[:count]
+        pool = [x for x in pool if x.is_complete or not complete]
+        return sorted(pool, key=lambda x: (x.fitness, not x.is_complete, x.id))[:count]
+
+    def equivalents(self, before: int | None = None) -> Fraction:
+        """Return the full evaluations that scoring came to, before a generation if given."""
+        pool = (x for x in self._candidates if before is None or x.generation < before)
+        return sum((x.charge for x in pool), Fraction())
 
     def charged(self, generation: int | None = None, operator: str = "") -> Charge:
         """Return what all calls cost, or those before this operator of this generation."""

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 from langgraph.config import get_stream_writer
 from langgraph.runtime import Runtime
 
 from agent import population
-from agent.candidate import Candidate
-from agent.operators import Proposal, choose_parents, propose
+from agent.candidate import Candidate, Scores
+from agent.operators import Proposal, choose_parents, operators_of, propose
 from agent.questions import Slot
+from agent.scoring import score_pending
 from agent.state import SearchContext, SearchState
 from pruning.plan import Plan
 
 Update = dict[str, Any]
 
-NOT_FINITE = 1e30
 _PAIRS = 9_973  # keeps the draws of parents apart from those of the operators
 
 
@@ -35,8 +33,8 @@ def generate(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
 
 
 def evaluate(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
-    """Score the pending plans in one batch; what the ledger has is not scored again."""
-    return {"scores": score_pending(runtime.context, state["pending"])}
+    """Score the pending plans together; what the ledger has is not scored again."""
+    return {"scores": score_pending(runtime.context, state["generation"], state["pending"])}
 
 
 def record(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
@@ -54,8 +52,6 @@ def select(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
     """Choose the parents of the next generation."""
     context = runtime.context
     generation = state["generation"] + 1
-    if context.settings.allocator == "random":
-        return {"generation": generation, "parents": []}
     slot = context.settings.crossover + context.settings.mutate
     parents = choose_parents(context, generation, slot)
     return {"generation": generation, "parents": [x.id for x in parents]}
@@ -64,7 +60,7 @@ def select(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
 def crossover(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
     """Propose offspring of pairs of parents."""
     context, generation = runtime.context, state["generation"]
-    if len(state["parents"]) < 2:
+    if len(state["parents"]) < 2 or not operators_of(context).crosses:
         return {"pending": []}
     parents = _by_id(context, state["parents"])
     slots = []
@@ -76,13 +72,14 @@ def crossover(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
 
 
 def mutate(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
-    """Propose offspring of single parents, every other one of the first parent."""
+    """Propose offspring of single parents, every other one of the first; new plans without any."""
     context, generation = runtime.context, state["generation"]
     settings = context.settings
     parents = _by_id(context, state["parents"])
-    numbers = range(settings.crossover, settings.crossover + settings.mutate)
-    if settings.allocator == "random":
-        slots = [Slot(generation, i, "generate") for i in range(numbers.stop)]
+    first = settings.crossover if operators_of(context).crosses else 0
+    numbers = range(first, settings.crossover + settings.mutate)
+    if not parents:
+        slots = [Slot(generation, i, "generate") for i in numbers]
     else:
         turns = [0 if i % 2 == 0 else (i // 2 + 1) % len(parents) for i in range(len(numbers))]
         slots = [
@@ -92,38 +89,17 @@ def mutate(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
     return _extend(context, generation, state["pending"], slots)
 
 
-def score_pending(context: SearchContext, pending: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """Return fitness, standard error, sequences and seconds of each pending plan.
-
-    A mean that is not finite counts as `NOT_FINITE`, the worst.
-    """
-    known = {x["key"]: context.ledger.find(x["key"]) for x in pending}
-    fresh = [x for x in pending if known[x["key"]] is None]
-    start = context.clock()
-    plans = [Plan.from_json(x["genotype"]) for x in fresh]
-    table = context.score(plans, context.sequences) if plans else np.empty((0, 1))
-    seconds = (context.clock() - start) / max(len(fresh), 1)
-    if table.shape != (len(plans), len(context.sequences) if plans else 1):
-        raise ValueError(
-            f"score: got shape {table.shape}, want ({len(plans)}, {len(context.sequences)})"
-        )
-    scored = {x["key"]: _summary(row, seconds) for x, row in zip(fresh, table, strict=True)}
-    for key, candidate in known.items():
-        if candidate is not None:
-            scored[key] = {**candidate.scores, "seconds": candidate.seconds}
-    return [scored[x["key"]] for x in pending]
-
-
 def record_generation(
     context: SearchContext,
     generation: int,
     pending: list[dict[str, Any]],
-    scores: list[dict[str, float]],
+    scores: list[dict[str, Any]],
 ) -> None:
     """Append a generation to the ledger, its best plan assessed; known lines stay as they are."""
     if not pending:
         return
-    best = min(range(len(pending)), key=lambda i: (scores[i]["fitness"], i))
+    ranks = [(x["sequences"] < x.get("of", 0), x["fitness"], i) for i, x in enumerate(scores)]
+    best = min(ranks)[-1]
     for i, (proposal, score) in enumerate(zip(pending, scores, strict=True)):
         if context.ledger.find(proposal["key"]) is not None:
             continue
@@ -139,7 +115,7 @@ def record_generation(
             parents=tuple(proposal["parents"]),
             genotype=tuple((a, b, c) for a, b, c in proposal["genotype"]),
             key=proposal["key"],
-            scores={k: v for k, v in score.items() if k != "seconds"},
+            scores=cast(Scores, {k: v for k, v in score.items() if k != "seconds"}),
             accuracy=facts.get("accuracy"),
             speedup=facts.get("speedup"),
             tokens=proposal["tokens"],
@@ -173,18 +149,10 @@ def _tell(context: SearchContext, candidate: Candidate) -> None:
             "fitness": candidate.fitness,
             "best": context.ledger.best(1)[0].fitness,
             "evaluations": context.spending.evaluations,
+            "equivalents": float(context.spending.equivalents),
             "limit": context.settings.evaluations,
         }
     )
-
-
-def _summary(row: np.ndarray[Any, np.dtype[np.float64]], seconds: float) -> dict[str, float]:
-    mean, spread, count = float(np.mean(row)), 0.0, len(row)
-    if not math.isfinite(mean):
-        mean = NOT_FINITE
-    elif count > 1:
-        spread = float(np.std(row, ddof=1)) / math.sqrt(count)
-    return {"fitness": mean, "stderr": spread, "sequences": count, "seconds": seconds}
 
 
 def _extend(

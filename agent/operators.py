@@ -6,17 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from agent import briefing, population
+from agent import population
 from agent.candidate import Candidate, Origin
+from agent.classical import CLASSICAL, Classical
 from agent.conversation import Answer, ask
 from agent.projection import Levels
 from agent.questions import Slot, parents_question, plan_question
 from agent.state import SearchContext
 
 _RETRIES = 24
-_WARM_UP = 4  # mutations in a row that make a first plan out of the seed plan
 
 
 @dataclass(frozen=True)
@@ -55,9 +53,7 @@ def propose(
         DriverError: all drivers gave up and `driver.when_down` is stop.
     """
     seen = {x.key for x in context.ledger.candidates() if x.generation < generation} | {*pending}
-    made: dict[int, Proposal] = {}
-    if generation == 0 and context.settings.seed_plan and slots:
-        made[slots[0].index] = _first(context, slots[0], seen)
+    made = _begun(context, slots, seen) if generation == 0 else {}
     asked = [s for i, s in enumerate(slots) if s.index not in made and is_asked(context, i)]
     answers = ask(context, generation, [plan_question(context, s) for s in asked])
     given = {s.index: a for s, a in zip(asked, answers, strict=True)}
@@ -72,10 +68,29 @@ def propose(
     return [made[s.index] for s in slots if s.index in made]
 
 
+def _begun(context: SearchContext, slots: Sequence[Slot], seen: set[str]) -> dict[int, Proposal]:
+    """Return what the first generation begins with: the seed plan, then the plans handed in."""
+    plans = [context.first_plan] if context.settings.seed_plan else []
+    plans += [context.grid.levels(x) for x in context.starts]
+    made: dict[int, Proposal] = {}
+    for levels in plans[: len(slots)]:
+        key = context.grid.plan(levels).key
+        if key not in seen:
+            seen.add(key)
+            slot = slots[len(made)]
+            made[slot.index] = Proposal(slot, "heuristic", levels)
+    return made
+
+
 def _first(context: SearchContext, slot: Slot, seen: set[str]) -> Proposal:
     """Return the plan that a search begins with."""
     seen.add(context.grid.plan(context.first_plan).key)
     return Proposal(slot, "heuristic", context.first_plan)
+
+
+def operators_of(context: SearchContext) -> Classical:
+    """Return who proposes where no LLM does."""
+    return CLASSICAL[context.settings.classical]
 
 
 def choose_parents(context: SearchContext, generation: int, slot: int) -> list[Candidate]:
@@ -91,15 +106,14 @@ def choose_parents(context: SearchContext, generation: int, slot: int) -> list[C
             by_id = {x.id: x for x in listed}
             return [by_id[i] for i in answer.value]
     rng = population.generator(context.seed, generation, slot)
-    return [pool[i] for i in population.tournament([x.fitness for x in pool], wanted, rng)]
+    return list(operators_of(context).parents(pool, wanted, rng))
 
 
 def is_asked(context: SearchContext, index: int) -> bool:
     """Return whether the LLM is asked for number `index`; the classical share is spread evenly."""
-    if context.settings.allocator != "llm":
-        return False
-    share = context.settings.classical_share
-    return int((index + 1) * share + 1e-9) == int(index * share + 1e-9)
+    share = context.settings.share_asked
+    assert share != "learned"
+    return int((index + 1) * (1 - share) + 1e-9) == int(index * (1 - share) + 1e-9)
 
 
 def _settled(
@@ -122,30 +136,9 @@ def _settled(
     origin: Origin = "classical" if answer is None else "fallback"
     for attempt in range(_RETRIES):
         rng = population.generator(context.seed, generation, slot.index, attempt)
-        levels = _classical(context, slot, rng, attempt)
+        levels = operators_of(context).plan(context, slot, rng, attempt)
         key = context.grid.plan(levels).key
         if key not in seen:
             seen.add(key)
             return Proposal(slot, origin, levels, tokens)
     return None
-
-
-def _classical(
-    context: SearchContext, slot: Slot, rng: np.random.Generator, attempt: int
-) -> Levels:
-    """Return the classical operator's plan; late attempts go further away."""
-    space, granularity = context.space, context.settings.granularity
-    plans = [briefing.levels(context, x) for x in slot.parents]
-    repeats = 1 + attempt // 4
-    if slot.operator == "crossover":
-        child = population.crossover(plans[0], plans[1], space, rng, granularity)
-        repeats = attempt // 4
-    elif slot.operator == "mutate":
-        child = plans[0]
-    elif context.settings.allocator == "random" or not context.settings.seed_plan:
-        return population.random_plan(space, rng, granularity)
-    else:
-        child, repeats = context.first_plan, _WARM_UP + attempt
-    for _ in range(repeats):
-        child = population.mutate(child, space, rng, granularity)
-    return child

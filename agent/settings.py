@@ -3,18 +3,80 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, Self
+from itertools import pairwise
+from typing import Annotated, Literal, Self, cast, get_args
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-AllocatorName = Literal["llm", "evolution", "random", "uniform", "uniform_mlp", "heuristic"]
+Operators = Literal["random", "random_seeded", "genetic", "evolution", "cma", "guided"]
+AllocatorName = Literal[
+    "llm",
+    "hybrid",
+    "random",
+    "random_seeded",
+    "genetic",
+    "evolution",
+    "cma",
+    "guided",
+    "uniform",
+    "uniform_mlp",
+    "heuristic",
+    "knapsack",
+    "owl",
+    "flap_global",
+]
 Granularity = Literal["layer", "block"]
 DriverKind = Literal["embedded", "api", "vllm", "replay", "none"]
 Structured = Literal["auto", "json_schema", "json_object", "text"]
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
+
+
+class RacingSettings(BaseModel):
+    """When a plan is scored no further because another one is better."""
+
+    model_config = _STRICT
+
+    rounds: tuple[float, ...] = Field(
+        (0.125, 0.25, 0.5, 1.0),
+        min_length=1,
+        description="shares of the sequences that plans have seen after each round, up to 1; at "
+        "least one new sequence a round",
+    )
+    bound: float | None = Field(
+        3.0,
+        gt=0,
+        description="standard errors by which a plan must be worse than the best one to drop "
+        "out; null: none drops out for that",
+    )
+    survivors: tuple[int, ...] | None = Field(
+        None, description="plans left after each round but the last, at most; null: any number"
+    )
+
+    @property
+    def is_off(self) -> bool:
+        """Whether every plan sees all sequences."""
+        return self.bound is None and self.survivors is None
+
+    @model_validator(mode="after")
+    def _leads_to_the_end(self) -> Self:
+        rising = all(x < y for x, y in pairwise((0.0, *self.rounds)))
+        if not rising or self.rounds[-1] != 1:
+            raise ValueError(
+                f"search.racing.rounds: got {self.rounds}, want rising shares from above 0 to 1"
+            )
+        left = self.survivors
+        if left is None:
+            return self
+        falling = all(x >= y for x, y in pairwise((*left, 1)))
+        if not falling or len(left) != len(self.rounds) - 1:
+            raise ValueError(
+                f"search.racing.survivors: got {left}, want {len(self.rounds) - 1} counts, none "
+                "above the one before it or below 1"
+            )
+        return self
 
 
 class SearchSettings(BaseModel):
@@ -37,8 +99,13 @@ class SearchSettings(BaseModel):
     crossover: int = Field(4, ge=0, le=10_000, description="offspring of two a generation")
     mutate: int = Field(8, ge=0, le=10_000, description="offspring of one a generation")
     evaluations: int = Field(
-        120, ge=1, le=1_000_000, description="limit on scored distinct plans, all generations"
+        120,
+        ge=1,
+        le=1_000_000,
+        description="limit on full evaluations, all generations; a plan that drops out of a race "
+        "counts for the share of the sequences that it has seen",
     )
+    racing: RacingSettings = Field(RacingSettings(), description="when a plan is scored no further")
     calls: int | None = Field(
         None, ge=0, description="limit on calls of the LLM, failed ones included; null: none"
     )
@@ -51,8 +118,12 @@ class SearchSettings(BaseModel):
     seconds: float | None = Field(
         None, gt=0, description="limit on seconds, asked before each operator; null: none"
     )
-    classical_share: float = Field(
-        0.0, ge=0, le=1, description="share of every operator's proposals made without the LLM"
+    operators: Operators = Field(
+        "genetic",
+        description="classical operators of hybrid, and of llm where a reply cannot be used",
+    )
+    llm_share: Annotated[float, Field(ge=0, le=1)] | Literal["learned"] = Field(
+        0.5, description="hybrid: share of proposals that the LLM makes, or learned as it goes"
     )
     seed_plan: bool = Field(True, description="one heuristic plan in the first generation")
     min_rate: float = Field(0.0, ge=0, lt=1, description="least removed share of a block")
@@ -61,6 +132,26 @@ class SearchSettings(BaseModel):
     finalists: int = Field(
         3, ge=1, le=1000, description="best candidates handed back for scoring on fresh tokens"
     )
+
+    @property
+    def asks_llm(self) -> bool:
+        """Whether an LLM takes part."""
+        return self.allocator in ("llm", "hybrid") and self.share_asked != 0
+
+    @property
+    def classical(self) -> Operators:
+        """Who proposes where no LLM does; meaningless for an allocator of one fixed plan."""
+        for name in get_args(Operators):
+            if name == self.allocator:
+                return cast(Operators, name)
+        return self.operators
+
+    @property
+    def share_asked(self) -> float | Literal["learned"]:
+        """The LLM's share of proposals: all of llm's, none of the classical allocators'."""
+        if self.allocator == "hybrid":
+            return self.llm_share
+        return 1.0 if self.allocator == "llm" else 0.0
 
     @model_validator(mode="after")
     def _has_a_way_forward(self) -> SearchSettings:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent import allocators
-from agent.allocators import Sensitivity
+from agent.allocators import Sensitivity, UnitScores
 from agent.budget import Spending
 from agent.drivers.driver import Driver
 from agent.ledger import Ledger
@@ -33,7 +33,7 @@ class SearchState(TypedDict):
     Attributes:
         generation: the one being made, from 0.
         pending: proposals that wait for scores, as JSON.
-        scores: one `{fitness, stderr, sequences, seconds}` for each pending proposal.
+        scores: one `{fitness, stderr, sequences, of, values, seconds}` for each pending proposal.
         parents: ids of the selected candidates.
         stopped: why the search ends, or None.
         seconds: spent up to the last recorded generation.
@@ -41,7 +41,7 @@ class SearchState(TypedDict):
 
     generation: int
     pending: list[dict[str, Any]]
-    scores: list[dict[str, float]]
+    scores: list[dict[str, Any]]
     parents: list[int]
     stopped: str | None
     seconds: float
@@ -57,7 +57,7 @@ class SearchContext:
         seed: with the replies of the driver, all that randomness depends on.
         grid, budget: the allowed plans.
         score: plans and sequence indices to fitness per sequence, lower is better.
-        sequences: indices that `score` is asked for.
+        sequences: indices that `score` is asked for, in the order in which plans meet them.
         sensitivity: `[layer][block][level]` cut errors, block 0 attention and 1 MLP.
         assess: accuracy (0 to 1) and speedup (above 0) of the best plan of a generation, or None.
         driver, strategy: needed by the llm allocator only.
@@ -65,6 +65,9 @@ class SearchContext:
         clock: seconds that only grow.
         unit_latency: microseconds of a whole forward that one attention unit and one MLP step
             take, or None where they were not measured.
+        outliers: of every layer the share of outliers among its weighted activations, for owl.
+        unit_scores: `[layer][block][unit]` standardised scores in rank order, for flap_global.
+        starts: plans of this budget that the first generation begins with, after the seed plan.
     """
 
     settings: SearchSettings
@@ -81,6 +84,9 @@ class SearchContext:
     ledger: Ledger
     clock: Callable[[], float]
     unit_latency: tuple[float, float] | None = None
+    outliers: Sequence[float] = ()
+    unit_scores: UnitScores = ()
+    starts: Sequence[Plan] = ()
 
     @cached_property
     def space(self) -> Space:
@@ -107,6 +113,8 @@ class SearchContext:
             "uniform": lambda: allocators.uniform(space),
             "uniform_mlp": lambda: allocators.uniform_mlp(space),
             "heuristic": lambda: self.conform(allocators.heuristic(space, self.sensitivity)),
+            "owl": lambda: allocators.owl(space, self.outliers),
+            "flap_global": lambda: self.conform(allocators.flap_global(space, self.unit_scores)),
         }
         make = makers.get(self.settings.allocator)
         return None if make is None else make()

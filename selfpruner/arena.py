@@ -8,7 +8,7 @@ from typing import Self
 from agent.allocators import Sensitivity
 from evaluators.choices import ChoiceItem, EncodedChoices, encode_choices
 from pruning.elastic import Prunable
-from pruning.plan import Plan
+from pruning.plan import Budget, Plan
 from pruning.ranking import order_hash
 from selfpruner.config import RunConfig
 from selfpruner.data import load_choice_items
@@ -68,6 +68,10 @@ class Arena:
     def proposing(self, config: RunConfig) -> Self:
         """Return this arena for another way of proposing plans, or for another budget."""
         return replace(self, bench=self.bench.proposing(config))
+
+    def within(self, budget: Budget, config: RunConfig) -> Self:
+        """Return this arena for another budget, with the configuration of its search."""
+        return replace(self, bench=replace(self.bench, budget=budget, config=config))
 
     def assess(self, plan: Plan) -> dict[str, float]:
         """Return the predicted speedup of a plan and, where there are items, its accuracy."""

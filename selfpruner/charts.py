@@ -10,7 +10,7 @@ from typing import Any
 
 from selfpruner.canvas import COLOURS, Chart, bare_rows, draw, patches, scale, whole_ticks
 from selfpruner.notation import clip, number, times
-from selfpruner.results import HistoryRow, QualityNumbers, Results, SpeedRow
+from selfpruner.results import FrontPoint, HistoryRow, QualityNumbers, Results, SpeedRow
 
 ORIGINS = {
     "llm": ("LLM", "o"),
@@ -106,6 +106,34 @@ def _paint_fitness(rows: Sequence[HistoryRow], figure: Any, narrow: bool) -> Non
     axes.tick_params(length=0)
     whole_ticks(axes.xaxis, 5 if narrow else 10)
     axes.legend(ncols=3 if narrow else 6, **_LEGEND_ABOVE)
+
+
+def front_chart(points: Sequence[FrontPoint]) -> Chart | None:
+    """Return fitness over the kept share of every budget; None where there was one only."""
+    rows = [x for x in points if x.fitness is not None and x.selection_fitness is not None]
+    if len(rows) < 2:
+        return None
+    label = "Fitness of the best plan within each budget, on search tokens and on fresh ones"
+    return draw("front", label, partial(_paint_front, rows), 3.4, 3.4)
+
+
+def _paint_front(rows: Sequence[FrontPoint], figure: Any, narrow: bool) -> None:
+    axes = figure.subplots()
+    kept = [100 * x.achieved for x in rows]
+    for values, name, colour, marker in (
+        ([x.fitness for x in rows], "search tokens", COLOURS["dense"], "D"),
+        ([x.selection_fitness for x in rows], "fresh tokens", COLOURS["pruned"], "o"),
+    ):
+        axes.plot(kept, values, marker=marker, markersize=6, color=colour, label=name)
+    if not narrow:
+        for x, row in zip(kept, rows, strict=True):
+            axes.annotate(times(row.speedup), (x, row.fitness), (4, 8), textcoords="offset points")
+    axes.invert_xaxis()
+    axes.set_xlabel("kept (% of the blocks)" + ("" if narrow else ", with predicted speedup"))
+    axes.set_ylabel("fitness (lower is better)")
+    axes.grid(axis="y")
+    axes.tick_params(length=0)
+    axes.legend(ncols=2, **_LEGEND_ABOVE)
 
 
 def accuracy_chart(

@@ -19,6 +19,7 @@ from selfpruner.settings import (
     Dtype,
     EvaluationSettings,
     ExportSettings,
+    FrontSettings,
     PruningSettings,
     Settings,
     SpeedSettings,
@@ -35,6 +36,7 @@ __all__ = [
     "Dtype",
     "EvaluationSettings",
     "ExportSettings",
+    "FrontSettings",
     "PruningSettings",
     "RunConfig",
     "SpeedSettings",
@@ -63,6 +65,7 @@ class RunConfig(Settings):
     data: DataSettings = DataSettings()
     search: SearchSettings = SearchSettings()
     driver: DriverSettings = DriverSettings()
+    front: FrontSettings = FrontSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     export: ExportSettings = ExportSettings()
 
@@ -84,9 +87,18 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _proposals_have_a_driver(self) -> Self:
-        asks_llm = self.search.allocator == "llm" and self.search.classical_share < 1
-        if asks_llm and self.driver.kind == "none":
-            raise ValueError("driver.kind: got 'none'; search.allocator llm needs a driver")
+        if self.search.asks_llm and self.driver.kind == "none":
+            name = self.search.allocator
+            raise ValueError(f"driver.kind: got 'none'; search.allocator {name} needs a driver")
+        return self
+
+    @model_validator(mode="after")
+    def _front_is_of_shares(self) -> Self:
+        if self.front.targets and self.budget.target > 1:
+            raise ValueError(
+                f"front.targets: got {self.front.targets}; allowed only beside a share, "
+                f"budget.{self.budget.kind} is {self.budget.target:g}"
+            )
         return self
 
     def to_yaml(self) -> str:

@@ -21,11 +21,11 @@ from prompts.library import load_strategy
 from selfpruner.arena import Arena
 from selfpruner.cells import Cell, Figures, Outcomes, Row, finish_cells, run_cells
 from selfpruner.config import BudgetSettings, RunConfig
-from selfpruner.experiment_config import ASKING, Experiment, load_experiment
+from selfpruner.experiment_config import Experiment, load_experiment
 from selfpruner.finishing import mean_fitness
 from selfpruner.heap import share_heap
 from selfpruner.progress import Progress
-from selfpruner.run_folder import RunFolder, is_run_folder
+from selfpruner.run_folder import RunFolder
 from selfpruner.searching import check_words_and_drivers, search
 from selfpruner.stopping import terminable
 from selfpruner.workbench import prepare, quiet_libraries
@@ -105,8 +105,7 @@ def digest_of(run: RunConfig) -> str:
     default that changes is to be written into the base file, or old cells are taken for new ones.
     """
     tree = run.model_dump(mode="json", exclude_defaults=True, exclude={"model", "budget"})
-    asks = run.search.allocator in ASKING
-    words = asdict(load_strategy(run.search.strategy)) if asks else {}
+    words = asdict(load_strategy(run.search.strategy)) if run.search.asks_llm else {}
     text = json.dumps([tree, words], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -131,7 +130,7 @@ class _Searches:
         facts = {"model": cell["model"], "budget": budget, "seed": cell["seed"]}
         run = self._plan.runs[cell["arm"]].model_copy(update=facts)
         path = self._folder / _slug(cell["model"]) / cell["budget"]
-        folder = _open(path / "{arm}-{seed}-{settings}".format_map(cell), run)
+        folder = RunFolder.begun(path / "{arm}-{seed}-{settings}".format_map(cell), run)
         return _figures(self._arena(cell["model"]).proposing(run), folder, self._progress)
 
     def _arena(self, model: str) -> Arena:
@@ -142,7 +141,9 @@ class _Searches:
             path = self._folder / _slug(model)
             with _turn(path):
                 bench = prepare(run, self._progress)
-                self._arenas[model] = Arena.open(bench, _open(path / "arena", run), self._progress)
+                self._arenas[model] = Arena.open(
+                    bench, RunFolder.begun(path / "arena", run), self._progress
+                )
         return self._arenas[model]
 
 
@@ -194,23 +195,18 @@ def _turn(folder: Path) -> Iterator[None]:
         yield
 
 
-def _open(path: Path, config: RunConfig) -> RunFolder:
-    return RunFolder.open(path) if is_run_folder(path) else RunFolder.create(path, config)
-
-
 def _slug(model: str) -> str:
     """Return a model's name as a folder's."""
     return re.sub(r"[^\w.-]+", "_", model).strip("_.")
 
 
 def _figures(arena: Arena, folder: RunFolder, progress: Progress) -> Figures:
-    """Return the figures of one search; `equivalents` are evaluations on all search tokens."""
+    """Return the figures of one search; `evaluations` are full ones, `plans` those scored."""
     found = search(arena, arena.bench.config, folder, progress)
     ledger = Ledger(folder.path)
-    scored = sum(x.scores["sequences"] for x in ledger.candidates())
     return {
-        "evaluations": found.evaluations,
-        "equivalents": scored / arena.score.num_sequences,
+        "evaluations": found.equivalents,
+        "plans": found.evaluations,
         "llm_calls": found.llm_calls,
         "llm_tokens": found.llm_tokens,
         "fallbacks": found.fallbacks,
@@ -219,30 +215,28 @@ def _figures(arena: Arena, folder: RunFolder, progress: Progress) -> Figures:
         "seconds": round(found.seconds, 1),
         "steps": [
             {
-                "evaluations": candidate.id + 1,
-                "equivalents": spent / arena.score.num_sequences,
-                "tokens": _tokens_until(ledger, candidate),
-                "fitness": candidate.fitness,
-                "selection_fitness": mean_fitness(arena.selection, candidate.plan),
+                "evaluations": _evaluations_until(ledger, x),
+                "tokens": _tokens_until(ledger, x),
+                "fitness": x.fitness,
+                "selection_fitness": mean_fitness(arena.selection, x.plan),
             }
-            for candidate, spent in _improvements(ledger, arena.score.num_sequences)
+            for x in _improvements(ledger)
         ],
     }
 
 
-def _improvements(ledger: Ledger, sequences: int) -> list[tuple[Candidate, float]]:
-    """Return the candidates that were the best when they were scored, and the sequences until then.
-
-    One that was scored on fewer than all sequences is out of the contest: its mean is of others.
-    """
-    kept: list[tuple[Candidate, float]] = []
-    spent = 0.0
+def _improvements(ledger: Ledger) -> list[Candidate]:
+    """Return the complete candidates that were the best when they were scored."""
+    kept: list[Candidate] = []
     for candidate in ledger.candidates():
-        spent += candidate.scores["sequences"]
-        is_whole = candidate.scores["sequences"] == sequences
-        if is_whole and (not kept or candidate.fitness < kept[-1][0].fitness):
-            kept.append((candidate, spent))
+        if candidate.is_complete and (not kept or candidate.fitness < kept[-1].fitness):
+            kept.append(candidate)
     return kept
+
+
+def _evaluations_until(ledger: Ledger, candidate: Candidate) -> float:
+    """Return the full evaluations that scoring took up to this candidate."""
+    return float(sum(x.charge for x in ledger.candidates() if x.id <= candidate.id))
 
 
 def _tokens_until(ledger: Ledger, candidate: Candidate) -> int:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from agent.settings import SearchSettings
 from selfpruner.complaints import complaints
 from selfpruner.config import BudgetSettings, RunConfig, load_config
 from selfpruner.settings import Settings
@@ -19,8 +20,6 @@ from selfpruner.yaml_text import read_mapping
 
 Role = Literal["classical", "llm", "placebo"]
 Arm = dict[str, Any]
-
-ASKING = ("llm", "hybrid")  # allocators of which an LLM is a part
 
 _SHARED = ("search.", "driver.")
 _NAME = re.compile(r"[\w.+-]+")
@@ -92,16 +91,15 @@ def load_experiment(path: Path) -> Experiment:
         return load_config(path.parent / config.base, settings=settings)
 
     runs = {name: run(arm) for name, arm in arms.items()}
-    searches = {name: run.search.model_dump(mode="json") for name, run in runs.items()}
-    roles = {name: config.roles.get(name, role_of(search)) for name, search in searches.items()}
+    roles = {name: config.roles.get(name, role_of(run.search)) for name, run in runs.items()}
     return Experiment(path.stem, config, run({}), runs, roles, _placebos(runs, roles))
 
 
-def role_of(search: Mapping[str, Any]) -> Role:
+def role_of(search: SearchSettings) -> Role:
     """Return what an arm is by its search settings."""
-    if search.get("placebo", "none") != "none":
+    if search.model_dump().get("placebo", "none") != "none":
         return "placebo"
-    return "llm" if search["allocator"] in ASKING else "classical"
+    return "llm" if search.asks_llm else "classical"
 
 
 def _arms(config: ExperimentConfig, path: Path) -> dict[str, Arm]:

@@ -27,7 +27,7 @@ def tables(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def _table(rows: Sequence[Row], unit: Unit, limit: int) -> str:
+def _table(rows: Sequence[Row], unit: Unit, limit: float) -> str:
     arms = list(dict.fromkeys(x["cell"]["arm"] for x in rows))
     groups = {arm: [x["figures"] for x in rows if x["cell"]["arm"] == arm] for arm in arms}
     order = sorted(arms, key=lambda arm: statistics.fmean(_values(groups[arm], unit, limit)))
@@ -37,12 +37,12 @@ def _table(rows: Sequence[Row], unit: Unit, limit: int) -> str:
     columns += [name.replace("_", " ") for name in totals]
     lines = [columns, ["---"] * len(columns)]
     lines += [_line(arm, groups[arm], unit, limit, totals) for arm in order]
-    head = f"At {limit} {unit} of every run, best first:\n"
+    head = f"At {limit:.7g} {unit} of every run, best first:\n"
     return "\n".join([head, *(f"| {' | '.join(x)} |" for x in lines)])
 
 
 def _line(
-    arm: str, runs: list[dict[str, Any]], unit: Unit, limit: int, totals: Sequence[str]
+    arm: str, runs: list[dict[str, Any]], unit: Unit, limit: float, totals: Sequence[str]
 ) -> list[str]:
     return [
         arm,
@@ -54,13 +54,13 @@ def _line(
 
 
 def _values(
-    runs: list[dict[str, Any]], unit: Unit, limit: int, name: str = "selection_fitness"
+    runs: list[dict[str, Any]], unit: Unit, limit: float, name: str = "selection_fitness"
 ) -> list[float]:
     """Return the figure of every run's best plan at `limit`."""
     return [_step(x["steps"], unit, limit)[name] for x in runs]
 
 
-def _step(steps: list[dict[str, Any]], unit: Unit, limit: int) -> dict[str, Any]:
+def _step(steps: list[dict[str, Any]], unit: Unit, limit: float) -> dict[str, Any]:
     """Return the last improvement within the limit; the first plan where there is none."""
     within = [x for x in steps if x[unit] <= limit]
     return within[-1] if within else steps[0]

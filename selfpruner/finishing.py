@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from agent import allocators
+from agent.candidate import Candidate
+from agent.graph import SearchResult
 from pruning.elastic import Prunable
 from pruning.plan import Plan
 from pruning.refit import refit
@@ -48,6 +50,13 @@ def finish(
     after = mean_fitness(selection.of(Finished(model)), plan)
     kept = after < before
     return model if kept else sliced(prunable, plan), Refit(kept=kept, before=before, after=after)
+
+
+def best_on_fresh_tokens(found: SearchResult, selection: Fitness) -> tuple[Candidate, float]:
+    """Return the finalist with the best fitness on fresh tokens, and that fitness."""
+    scored = [(mean_fitness(selection, x.plan), i) for i, x in enumerate(found.finalists)]
+    fitness, index = min(scored)
+    return found.finalists[index], fitness
 
 
 def mean_fitness(fitness: Fitness, plan: Plan) -> float:

@@ -72,6 +72,7 @@ class Fitness:
         self._tokens, self._batch_size = tokens_ST, batch_size
         self._choices, self._speed = choices, speed
         self._references: dict[tuple[str, int], DenseReference | TopReference] = {}
+        self._of_plans: dict[Plan, float] = {}  # a race asks for a plan round by round
 
     @property
     def num_sequences(self) -> int:
@@ -104,7 +105,9 @@ class Fitness:
                 for row, hidden in self._runs.hidden_states(plans, self._tokens[list(chosen)]):
                     scores[row, columns] = self._text_terms(chosen, hidden)
         for row, plan in enumerate(plans):
-            scores[row] += self._plan_terms(plan)
+            if plan not in self._of_plans:
+                self._of_plans[plan] = self._plan_terms(plan)
+            scores[row] += self._of_plans[plan]
         return scores
 
     def accuracy(self, plan: Plan) -> float:

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from agent.candidate import Candidate
-from agent.graph import SearchResult
 from agent.ledger import Ledger
 from evaluators.tasks import task_texts
 from pruning.elastic import Prunable
@@ -19,8 +17,8 @@ from pruning.ranking import order_hash
 from selfpruner.arena import Arena
 from selfpruner.config import RunConfig
 from selfpruner.data import load_choice_items
-from selfpruner.finishing import control_models, finish, mean_fitness
-from selfpruner.fitness import Fitness
+from selfpruner.finishing import best_on_fresh_tokens, control_models, finish
+from selfpruner.front import front
 from selfpruner.heap import share_heap
 from selfpruner.model_card import model_card
 from selfpruner.overlap import check_items
@@ -54,15 +52,16 @@ def compress(config: RunConfig, folder: RunFolder, progress: Progress) -> Path:
     arena = Arena.open(bench, folder, progress)
     found = search(arena, config, folder, progress)
     prunable, selection = arena.prunable, arena.selection
-    selected, fitness = _selected(found, selection)
+    selected, fitness = best_on_fresh_tokens(found, selection)
     best = selected.plan
+    points = front(arena, found, folder, progress) if config.front.targets else ()
     _write_plan(bench, prunable, best, folder)
     model, refitted = finish(bench, prunable, best, selection, progress)
     controls, warnings = control_models(bench, prunable, selection, progress)
     del prunable, selection, arena
     pruned = export(model, bench.tokenizer, folder.model, getattr(torch, config.export.dtype))
     _check_export(pruned, folder.model, bench)
-    outcome = Outcome(selected, found, fitness, refitted, controls, warnings)
+    outcome = Outcome(selected, found, fitness, refitted, controls, warnings, points)
     results = verdict(bench, pruned, outcome, Ledger(folder.path), progress)
     results.save(folder.results)
     card = model_card(results, is_stock(pruned))
@@ -96,13 +95,6 @@ def _check_items(config: RunConfig) -> None:
     if config.data.choices and config.evaluation.tasks:
         items = load_choice_items(config.data.choices, config.seed, config.data.root)
         check_items(items, task_texts(config.evaluation.tasks))
-
-
-def _selected(found: SearchResult, selection: Fitness) -> tuple[Candidate, float]:
-    """Return the finalist with the best fitness on fresh tokens, and that fitness."""
-    scored = [(mean_fitness(selection, x.plan), i) for i, x in enumerate(found.finalists)]
-    fitness, index = min(scored)
-    return found.finalists[index], fitness
 
 
 def _write_plan(bench: Workbench, prunable: Prunable, plan: Plan, folder: RunFolder) -> None:

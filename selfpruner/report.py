@@ -116,6 +116,7 @@ def _charts(results: Results) -> dict[str, Any]:
     return {
         "units": charts.units_chart(results),
         "fitness": charts.fitness_chart(results.history),
+        "front": charts.front_chart(results.front),
         "accuracy": charts.accuracy_chart(dense, pruned, figures),
         "perplexity": charts.perplexity_chart(points),
         "speed": charts.speed_chart(results.speed.rows),

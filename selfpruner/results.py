@@ -63,16 +63,18 @@ class BudgetNumbers(Record):
 class SearchNumbers(Record):
     """How the plan was found. `driver` and `strategy` are None where no LLM took part.
 
-    `llm_failures` are calls without a reply, `duplicates` replies with a plan known already;
-    `stopped` names the limit that ended the search. `best_fitness` is the lowest on search tokens;
-    of the plan that was selected, `selected_fitness` is on search tokens (None in files older
-    than it) and `selection_fitness` on fresh ones.
+    `evaluations` are plans scored, `equivalents` full evaluations charged for them (None in results
+    of a version without racing). `llm_failures` are calls without a reply, `duplicates` replies
+    with a plan known already; `stopped` names the limit that ended the search. `best_fitness` is
+    the lowest on search tokens; of the plan that was selected, `selected_fitness` is on search
+    tokens (None in files older than it) and `selection_fitness` on fresh ones.
     """
 
     allocator: str
     driver: str | None
     strategy: str | None
     evaluations: NonNegativeInt
+    equivalents: NonNegativeFloat | None = None
     llm_calls: NonNegativeInt
     llm_tokens: NonNegativeInt
     llm_cost: NonNegativeFloat
@@ -197,6 +199,24 @@ class GenerationRow(Record):
     speedup: PositiveFloat | None
 
 
+class FrontPoint(Record):
+    """The best plan within one budget, before any refit.
+
+    `achieved` in the unit of the target, `speedup` predicted, `seconds` of its search, fitness on
+    the search tokens and on fresh ones; `plan` as `Plan.to_json` has it.
+    """
+
+    target: PositiveFloat
+    achieved: PositiveFloat
+    parameters: PositiveInt
+    speedup: PositiveFloat
+    fitness: Finite
+    selection_fitness: Finite
+    evaluations: PositiveInt
+    seconds: NonNegativeFloat
+    plan: Annotated[tuple[tuple[int, int, int], ...], Field(strict=False)]
+
+
 class Control(Record):
     """A simple plan within the same budget, pruned by the same recipe."""
 
@@ -259,6 +279,7 @@ class Results(Record):
     units_dense: Units
     history: Annotated[tuple[HistoryRow, ...], Field(strict=False)]
     generations: Annotated[tuple[GenerationRow, ...], Field(strict=False)]
+    front: Annotated[tuple[FrontPoint, ...], Field(strict=False)] = ()
     controls: dict[str, Control]
     samples: Annotated[tuple[Sample, ...], Field(strict=False)]
     cost: Cost

@@ -51,6 +51,11 @@ class RunFolder:
         return folder
 
     @classmethod
+    def begun(cls, path: Path, config: RunConfig) -> RunFolder:
+        """Return the run folder at `path`, begun with `config` where there is none yet."""
+        return cls.open(path) if is_run_folder(path) else cls.create(path, config)
+
+    @classmethod
     def open(cls, path: Path) -> RunFolder:
         """Return the existing run folder at `path`.
 

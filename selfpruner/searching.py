@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 
+import numpy as np
 from langgraph.runtime import RunControl
 
 from agent.estimate import estimate
@@ -13,6 +14,7 @@ from agent.graph import Event, SearchDrainedError, SearchResult, run_search
 from agent.ledger import Ledger
 from agent.state import SearchContext
 from prompts.library import load_strategy
+from pruning.plan import Plan
 from selfpruner.arena import Arena
 from selfpruner.config import RunConfig
 from selfpruner.driving import check_drivers, open_driver
@@ -27,28 +29,36 @@ def check_words_and_drivers(config: RunConfig) -> None:
     Raises:
         ValueError: one line.
     """
-    if config.search.allocator == "llm":
+    if config.search.asks_llm:
         load_strategy(config.search.strategy)
         check_drivers(config.driver.chain)
 
 
-def search(arena: Arena, config: RunConfig, folder: RunFolder, progress: Progress) -> SearchResult:
+def search(
+    arena: Arena,
+    config: RunConfig,
+    folder: RunFolder,
+    progress: Progress,
+    starts: Sequence[Plan] = (),
+) -> SearchResult:
     """Return the outcome of the search of `config`, begun or gone on with in `folder`.
+
+    `starts` are plans that its first generation scores beside the seed plan.
 
     Raises:
         KeyboardInterrupt: a signal asked for a stop; TerminatedError for SIGTERM.
         DriverError: all drivers gave up.
     """
     with ExitStack() as stack:
-        context = _context(arena, config, folder, progress)
+        context = _context(arena, config, folder, progress, starts)
         if context.driver is not None:
             stack.enter_context(closing(context.driver))
         _announce(context, progress)
         advance = stack.enter_context(progress.stage("search", config.search.evaluations))
-        advance(len(context.ledger.candidates()))
+        advance(int(context.ledger.equivalents()))
         control = RunControl()
         stack.enter_context(draining(control, progress.note))
-        tell = _narrator(advance, progress)
+        tell = _narrator(advance, progress, int(context.ledger.equivalents()))
         try:
             return run_search(context, folder.checkpoints, on_event=tell, control=control)
         except SearchDrainedError as drained:
@@ -56,9 +66,13 @@ def search(arena: Arena, config: RunConfig, folder: RunFolder, progress: Progres
 
 
 def _context(
-    arena: Arena, config: RunConfig, folder: RunFolder, progress: Progress
+    arena: Arena,
+    config: RunConfig,
+    folder: RunFolder,
+    progress: Progress,
+    starts: Sequence[Plan],
 ) -> SearchContext:
-    bench, asks = arena.bench, config.search.allocator == "llm"
+    bench, asks = arena.bench, config.search.asks_llm
     return SearchContext(
         settings=config.search,
         driver_settings=config.driver,
@@ -66,7 +80,7 @@ def _context(
         grid=bench.grid,
         budget=bench.budget,
         score=arena.score,
-        sequences=range(arena.score.num_sequences),
+        sequences=_meeting_order(arena.score.num_sequences, config.seed),
         sensitivity=arena.errors,
         assess=arena.assess,
         driver=open_driver(bench, config.driver.chain, folder, progress) if asks else None,
@@ -74,7 +88,16 @@ def _context(
         ledger=Ledger(folder.path),
         clock=time.monotonic,
         unit_latency=arena.speed.per_unit(bench.grid),
+        starts=starts,
     )
+
+
+def _meeting_order(num_sequences: int, seed: int) -> tuple[int, ...]:
+    """Return the sequences in the order in which plans meet them.
+
+    Sequences that follow one another are of one document; the first ones shall speak for all.
+    """
+    return tuple(np.random.default_rng(seed).permutation(num_sequences).tolist())
 
 
 def _announce(context: SearchContext, progress: Progress) -> None:
@@ -88,12 +111,20 @@ def _announce(context: SearchContext, progress: Progress) -> None:
         progress.note(f"estimate: {guess.calls} calls of the LLM, {guess.tokens} tokens{cost}")
 
 
-def _narrator(advance: Callable[..., None], progress: Progress) -> Callable[[Event], None]:
-    """Return a listener that moves the bar and prints a line a generation and a failure."""
+def _narrator(
+    advance: Callable[..., None], progress: Progress, done: int
+) -> Callable[[Event], None]:
+    """Return a listener that moves the bar and prints a line a generation and a failure.
+
+    `done`: full evaluations that the bar shows already.
+    """
 
     def tell(event: Event) -> None:
+        nonlocal done
         if event["kind"] == "candidate":
-            advance()
+            now = int(event["equivalents"])
+            advance(now - done)
+            done = now
         elif event["kind"] == "llm" and event["outcome"].startswith(("failed", "skipped")):
             progress.note(f"LLM call of generation {event['generation']}: {event['outcome']}")
         elif event["kind"] == "down":

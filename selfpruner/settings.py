@@ -148,6 +148,13 @@ class EvaluationSettings(Settings):
     speed: SpeedSettings = SpeedSettings()
 
 
+class FrontSettings(Settings):
+    """Further budgets of the run's kind, as shares, and how hard each is searched for."""
+
+    targets: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
+    effort: Annotated[float, Field(gt=0, le=1)] = 0.35
+
+
 class ExportSettings(Settings):
     """How the pruned model is written."""
 

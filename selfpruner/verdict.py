@@ -23,6 +23,7 @@ from selfpruner.results import (
     Control,
     Cost,
     Evaluation,
+    FrontPoint,
     GenerationRow,
     HistoryRow,
     LayerUnits,
@@ -53,6 +54,7 @@ class Outcome:
         refit: what the final refit did, None where it is off.
         controls: simple plans within the same budget.
         warnings: what the reader should know first.
+        front: the best plan of each budget, none where no further ones were asked for.
     """
 
     selected: Candidate
@@ -61,6 +63,7 @@ class Outcome:
     refit: Refit | None
     controls: Mapping[str, Control]
     warnings: tuple[str, ...]
+    front: tuple[FrontPoint, ...] = ()
 
 
 def verdict(
@@ -106,6 +109,7 @@ def verdict(
         ),
         history=_history(ledger),
         generations=tuple(GenerationRow(**x) for x in outcome.found.generations),
+        front=outcome.front,
         controls=dict(outcome.controls),
         samples=samples,
         cost=Cost(stage_seconds=dict(progress.seconds), peak_memory_bytes=peak_resident_bytes()),
@@ -139,13 +143,14 @@ def _quality(
 
 def _search_numbers(config: RunConfig, outcome: Outcome) -> SearchNumbers:
     found = outcome.found
-    asks_llm = config.search.allocator == "llm"
+    asks_llm = config.search.asks_llm
     driver = ", then ".join(f"{x.kind}: {x.model or config.model}" for x in config.driver.chain)
     return SearchNumbers(
         allocator=config.search.allocator,
         driver=driver if asks_llm else None,
         strategy=config.search.strategy if asks_llm else None,
         evaluations=found.evaluations,
+        equivalents=found.equivalents,
         llm_calls=found.llm_calls,
         llm_tokens=found.llm_tokens,
         llm_cost=found.llm_cost,

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from agent.drivers.driver import Completion, MayRetry, Request
 from agent.ledger import Ledger
-from agent.settings import DriverSettings, Price, SearchSettings
+from agent.settings import DriverSettings, Price, RacingSettings, SearchSettings
 from agent.state import SearchContext
 from prompts.library import load_strategy
 from pruning.architecture import Architecture
 from pruning.plan import Budget, Grid, Plan
 
 LAYERS = 6
+NO_RACING = RacingSettings(bound=None)
 
 
 @dataclass
@@ -69,7 +70,7 @@ class Quadratic:
 
 @pytest.fixture
 def scene(tmp_path: Path) -> Callable[..., SearchContext]:
-    """Return a maker of contexts: `scene(allocator=..., replies=[...], ...)`."""
+    """Return a maker of contexts: `scene(allocator=..., replies=[...], ...)`, without racing."""
     count = itertools.count()
 
     def make(
@@ -89,7 +90,13 @@ def scene(tmp_path: Path) -> Callable[..., SearchContext]:
         shares = np.array(grid.attention) / 4, np.array(grid.mlp) / 256
         known = weights if sensitive else np.ones_like(weights)
         chosen = SearchSettings(
-            **{"allocator": "evolution", "evaluations": 40, "population": 8, **settings}
+            **{
+                "allocator": "evolution",
+                "evaluations": 40,
+                "population": 8,
+                "racing": NO_RACING,
+                **settings,
+            }
         )
         return SearchContext(
             settings=chosen,

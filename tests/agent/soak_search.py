@@ -29,7 +29,7 @@ from agent.state import SearchContext
 from prompts.library import load_strategy
 from pruning.architecture import Architecture
 from pruning.plan import Budget, Grid, Plan
-from tests.agent.conftest import LAYERS, Quadratic
+from tests.agent.conftest import LAYERS, NO_RACING, Quadratic
 from tests.agent.drivers.chat_server import fitting
 
 DRAINED = 3
@@ -100,7 +100,9 @@ def context_in(
     ledger = Ledger(folder)
     return SearchContext(
         settings=SearchSettings(
-            allocator="llm", evaluations=evaluations, **{"population": 8, **settings}
+            allocator="llm",
+            evaluations=evaluations,
+            **{"population": 8, "racing": NO_RACING, **settings},
         ),
         driver_settings=DriverSettings(max_tokens=64),
         seed=0,

@@ -34,6 +34,14 @@ def errors(space: Space, seed: int, *, wild: bool = False) -> list[list[list[flo
     return table
 
 
+def unit_scores(space: Space, seed: int) -> list[list[list[float]]]:
+    """Return standard scores of the units of every block, in rank order."""
+    rng = np.random.default_rng(seed)
+    counts = (space.grid.dense.kv_groups, space.grid.dense.mlp_channels)
+    draws = [[rng.exponential(size=n) for n in counts] for _ in range(space.layers)]
+    return [[sorted((x - x.mean()) / x.std(), reverse=True) for x in row] for row in draws]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.floats(0.15, 1.0),
@@ -50,6 +58,8 @@ def test_all_are_within_and_tight(
         allocators.uniform(space),
         allocators.uniform_mlp(space),
         allocators.heuristic(space, errors(space, seed, wild=wild)),
+        allocators.owl(space, np.random.default_rng(seed).exponential(size=space.layers).tolist()),
+        allocators.flap_global(space, unit_scores(space, seed)),
     ):
         assert space.budget.is_within(levels)
         assert space.budget.is_tight(levels)
@@ -110,3 +120,32 @@ def test_broken_sensitivity_is_refused_by_shape() -> None:
     space = space_of(SMOLLM, 0.7)
     with pytest.raises((IndexError, ValueError)):
         allocators.heuristic(space, [[[0.0], [0.0]]] * 30)
+
+
+def test_owl_keeps_more_where_outliers_are_and_stays_within_lambda() -> None:
+    space = space_of(Architecture("llama", 4, 64, 8, 8, 8, 4096, 100, True), 0.6, step=1)
+    outliers = [5.0, 1.0, 3.0, 1.0]
+    kept = space.shares(allocators.owl(space, outliers))[:, 1]
+    scaled = np.array([0.16, 0.0, 0.08, 0.0])
+    assert kept == pytest.approx(0.6 + scaled - scaled.mean(), abs=0.02)
+    assert allocators.owl(space, [2.0] * 4) == allocators.uniform(space)
+
+
+def test_flap_takes_the_units_of_lowest_score_whatever_their_layer() -> None:
+    """Two layers; all of one layer's channels score below the other's."""
+    space = space_of(Architecture("llama", 2, 64, 4, 4, 16, 64, 100, True), 0.8125, step=8)
+    high, low = np.linspace(2, 1, 64).tolist(), np.linspace(-1, -2, 64).tolist()
+    heads = [3.0, 3.0, 3.0, 3.0]
+    first, second = allocators.flap_global(space, [[heads, high], [heads, low]])
+    assert (first, second) == ((3, 7), (3, 0))
+
+
+def test_flap_weighs_a_group_by_what_it_costs() -> None:
+    """With grouped queries a unit is larger than a head: the budget knows, no constant does."""
+    architecture = Architecture("llama", 2, 64, 8, 2, 8, 64, 100, True)
+    space = space_of(architecture, 0.7, step=8)
+    scores = [[[0.5, -3.0], np.linspace(2, -1, 64).tolist()]] * 2
+    plan = allocators.flap_global(space, scores)
+    assert [a for a, _ in plan] == [0, 0]
+    assert space.budget.is_within(plan)
+    assert space.budget.is_tight(plan)

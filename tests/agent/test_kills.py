@@ -20,6 +20,7 @@ from langgraph.runtime import RunControl
 
 from agent import ledger
 from agent.graph import Event, SearchDrainedError, run_search
+from agent.settings import RacingSettings
 from tests.agent import soak_search
 
 HOUSE = Path(__file__).parents[2]
@@ -210,6 +211,62 @@ def test_a_search_that_drains_after_every_step_comes_to_the_same_end(
             break
     assert steps >= 10
     check_same(tmp_path, whole)
+
+
+def race_in(folder: Path, stop: int = -1) -> None:
+    """Run a search that races; the call `stop` of its score is interrupted."""
+    context = soak_search.context_in(folder, evaluations=EVALUATIONS, racing=RacingSettings())
+    count, score = itertools.count(), context.score
+
+    def stopping(*args: Any) -> Any:
+        if next(count) == stop:
+            raise KeyboardInterrupt
+        return score(*args)
+
+    object.__setattr__(context, "score", stopping)
+    run_search(context, folder / "checkpoints.sqlite")
+
+
+@pytest.fixture(scope="module")
+def raced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a search that raced and that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("raced")
+    race_in(folder)
+    seen = {x["scores"]["sequences"] for x in rows(folder / "candidates.jsonl")}
+    assert {2, 4} <= seen
+    return folder
+
+
+@pytest.mark.parametrize("call", [0, 1, 3, 5, 12, 30])
+def test_a_race_that_is_interrupted_is_run_again(raced: Path, tmp_path: Path, call: int) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        race_in(tmp_path, call)
+    race_in(tmp_path)
+    check_same(tmp_path, raced)
+
+
+@pytest.mark.parametrize("number", [0, 5, 9, 40])
+@pytest.mark.parametrize("forgets", [False, True])
+def test_a_generation_half_on_file_is_raced_to_the_same_end(
+    raced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, forgets: bool
+) -> None:
+    """Without its checkpoints, a search goes through all races again by what is on file."""
+    count, append = itertools.count(), ledger._append
+
+    def dying(path: Path, data: dict[str, Any]) -> None:
+        if path.name == "candidates.jsonl" and next(count) == number:
+            raise KeyboardInterrupt
+        append(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "_append", dying)
+        with pytest.raises(KeyboardInterrupt):
+            race_in(tmp_path)
+    if forgets:
+        for path in tmp_path.glob("checkpoints.sqlite*"):
+            path.unlink()
+    race_in(tmp_path)
+    check_same(tmp_path, raced)
 
 
 def test_the_checkpoints_grow_as_the_generations_do(tmp_path: Path) -> None:

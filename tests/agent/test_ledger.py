@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ CANDIDATE = Candidate(
     parents=(),
     genotype=((2, 1, 64), (1, 1, 32)),
     key=PLAN.key,
-    scores={"fitness": 0.5, "stderr": 0.1, "sequences": 4},
+    scores={"fitness": 0.5, "stderr": 0.1, "sequences": 2, "of": 4, "values": [0.4, 1 / 3]},
     accuracy=None,
     speedup=1.5,
     tokens=12,
@@ -64,7 +65,7 @@ def test_the_fields_are_the_contract(tmp_path: Path) -> None:
         "id generation slot operator origin parents genotype key scores accuracy speedup tokens "
         "seconds"
     )
-    assert list(candidate["scores"]) == ["fitness", "stderr", "sequences"]
+    assert list(candidate["scores"]) == ["fitness", "stderr", "sequences", "of", "values"]
     line = json.loads((tmp_path / "llm.jsonl").read_text())
     assert " ".join(line) == (
         "generation slot operator attempt call prompt_hash messages reply tokens estimated cost "
@@ -87,6 +88,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert again.attempts(0, 1, 0, "abc") == [LINE]
     assert again.attempts(0, 1, 1, "abc") == ()
     assert CANDIDATE.plan == PLAN
+    assert again.candidates()[0].values.tolist() == [0.4, 1 / 3]
 
 
 @pytest.mark.parametrize("cut", [1, 2, 40])
@@ -134,6 +136,28 @@ def test_charges_follow_the_order_of_operators(tmp_path: Path) -> None:
     assert ledger.charged(1, "select") == Charge(1, 10, 0.5)
     assert ledger.charged(1, "mutate") == Charge(3, 30, 1.5)
     assert ledger.charged() == Charge(4, 40, 2.0)
+
+
+def test_a_plan_is_charged_for_the_sequences_it_has_seen(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    for candidate in (CANDIDATE, other(1), other(2)):
+        ledger.add_candidate(candidate)
+    assert not CANDIDATE.is_complete
+    assert other(1).is_complete
+    assert [ledger.equivalents(before=x) for x in (0, 1, None)] == [
+        0,
+        Fraction(1, 2),
+        Fraction(5, 2),
+    ]
+
+
+def test_of_equal_plans_the_complete_one_is_the_better(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.add_candidate(CANDIDATE)
+    ledger.add_candidate(replace(other(1), scores={**other(1).scores, "fitness": 0.5}))
+    ledger.add_candidate(replace(other(2), scores={**other(2).scores, "fitness": 0.6}))
+    assert [x.id for x in ledger.best(3)] == [1, 0, 2]
+    assert [x.id for x in ledger.best(3, complete=True)] == [1, 2]
 
 
 def test_a_recording_is_read_and_left_as_it_is(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import numpy as np
 import pytest
 
 import agent.graph
+from agent.allocators import uniform
 from agent.candidate import Candidate
 from agent.graph import SearchResult, build_graph, picture, run_search
 from agent.ledger import Ledger
-from agent.nodes import NOT_FINITE
+from agent.racing import NOT_FINITE
 from agent.state import SearchContext
 
 Scene = Callable[..., SearchContext]
@@ -51,7 +53,7 @@ def without_seconds(ledger: Ledger) -> list[dict[str, Any]]:
     return [{**x.to_json(), "seconds": 0} for x in ledger.candidates()]
 
 
-@pytest.mark.parametrize("allocator", ["evolution", "random"])
+@pytest.mark.parametrize("allocator", ["evolution", "genetic", "cma", "random", "random_seeded"])
 @pytest.mark.parametrize("granularity", ["block", "layer"])
 def test_classical_search_keeps_every_promise(
     scene: Scene, tmp_path: Path, allocator: str, granularity: str
@@ -103,6 +105,51 @@ def test_evolution_beats_random_at_equal_evaluations(scene: Scene, tmp_path: Pat
     assert np.mean(best["evolution"]) < 0.95 * np.mean(best["random"])
     wins = sum(e < r for e, r in zip(best["evolution"], best["random"], strict=True))
     assert wins >= 4
+
+
+def test_evolution_has_one_parent_and_genetic_several(scene: Scene, tmp_path: Path) -> None:
+    for allocator, operators in (("evolution", {"mutate"}), ("genetic", {"crossover", "mutate"})):
+        (tmp_path / allocator).mkdir()
+        context = scene(allocator=allocator)
+        run(context, tmp_path / allocator)
+        later = [x for x in context.ledger.candidates() if x.generation > 0]
+        assert {x.operator for x in later} == operators
+        for generation in {x.generation for x in later}:
+            best = context.ledger.best(1, before=generation)[0].id
+            parents = {x.parents for x in later if x.generation == generation}
+            assert (parents == {(best,)}) == (allocator == "evolution")
+
+
+def test_seeded_random_plans_descend_from_none(scene: Scene, tmp_path: Path) -> None:
+    context = scene(allocator="random_seeded", evaluations=30)
+    run(context, tmp_path)
+    assert {x.parents for x in context.ledger.candidates()} == {()}
+    seed, *others = context.ledger.candidates()
+    gaps = [np.abs(np.subtract(x.genotype, seed.genotype)[:, 2]).sum() for x in others]
+    wild = scene(allocator="random", evaluations=30)
+    (tmp_path / "wild").mkdir()
+    run(wild, tmp_path / "wild")
+    _, *drawn = wild.ledger.candidates()
+    far = [np.abs(np.subtract(x.genotype, seed.genotype)[:, 2]).sum() for x in drawn]
+    assert np.mean(gaps) < np.mean(far)
+
+
+def test_plans_handed_in_are_scored_first(scene: Scene, tmp_path: Path) -> None:
+    context = scene(evaluations=9)
+    even = context.grid.plan(uniform(context.space))
+    context = replace(context, starts=(even, context.grid.plan(context.first_plan), even))
+    run(context, tmp_path)
+    first, second, third = context.ledger.candidates()[:3]
+    assert (first.plan, second.plan) == (context.grid.plan(context.first_plan), even)
+    assert (second.origin, third.origin) == ("heuristic", "classical")
+
+
+def test_cma_gets_better_than_where_it_began(scene: Scene, tmp_path: Path) -> None:
+    context = scene(allocator="cma", evaluations=200, sensitive=False)
+    result = run(context, tmp_path)
+    began = context.ledger.best(1, before=1)[0].fitness
+    assert result.best.fitness < 0.9 * began
+    assert result.best.generation > 1
 
 
 def test_the_best_of_each_generation_is_assessed(scene: Scene, tmp_path: Path) -> None:
@@ -218,9 +265,9 @@ def test_duplicates_are_replaced_and_counted(scene: Scene, tmp_path: Path) -> No
 
 
 def test_the_classical_share_is_not_asked(scene: Scene, tmp_path: Path) -> None:
-    context = scene(allocator="llm", evaluations=8, replies=HOSTILE, classical_share=0.5)
+    context = scene(allocator="hybrid", evaluations=8, replies=HOSTILE, llm_share=0.5)
     assert run(context, tmp_path).origins == {"heuristic": 1, "fallback": 3, "classical": 4}
-    whole = scene(allocator="llm", replies=HOSTILE, classical_share=1.0)
+    whole = scene(allocator="hybrid", replies=HOSTILE, llm_share=0.0)
     (tmp_path / "whole").mkdir()
     assert run(whole, tmp_path / "whole").llm_calls == 0
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from agent.budget import Spending
 from agent.ledger import Ledger
-from agent.settings import DriverSettings, SearchSettings
+from agent.settings import DriverSettings, RacingSettings, SearchSettings
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,8 @@ from agent.settings import DriverSettings, SearchSettings
         {"popsize": 3},
         {"population": 0},
         {"allocator": "magic"},
-        {"classical_share": 1.5},
+        {"llm_share": 1.5},
+        {"llm_share": "guessed"},
         {"seconds": float("nan")},
         {"min_rate": 0.5, "max_rate": 0.4},
         {"crossover": 0, "mutate": 0},
@@ -37,7 +38,7 @@ def test_driver_settings_refuse() -> None:
 
 
 def test_every_field_is_documented_and_frozen() -> None:
-    for model in (SearchSettings, DriverSettings):
+    for model in (SearchSettings, RacingSettings, DriverSettings):
         for name, field in model.model_fields.items():
             documented = field.description or name in ("kind",)
             assert documented, name

@@ -1,0 +1,215 @@
+"""What a scored candidate costs, against the plain way: slices, trie and racing, side by side.
+
+    python -m benchmarks.cost [--data-root DIR] [--generations 200] [--timed 20]
+
+A (1 + lambda) search by level switches on 8,192 search tokens is recorded with every candidate
+scored on all of them; racing is then replayed on the record (how often it keeps the same survivor,
+what it loses otherwise, what it spares). Every tenth generation is timed in four ways in turn:
+plain (one full forward of the dense-shaped model a candidate), slices (each candidate alone),
+trie (all candidates together), raced (together, and dropped when clearly worse).
+Without a data folder the text is the packaged passages, with one C4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from agent import allocators, population
+from agent.projection import Levels
+from agent.racing import Floats, mean, race
+from agent.racing_replay import replay
+from agent.settings import RacingSettings
+from pruning.elastic import ElasticModel, Prunable
+from pruning.plan import Plan
+from selfpruner.cells import Cell, Row, run_cells
+from selfpruner.config import RunConfig
+from selfpruner.fitness import Fitness
+from selfpruner.progress import Progress
+from selfpruner.workbench import Workbench, prepare, quiet_libraries, rank
+
+RESULTS = Path(__file__).parent / "results" / "cost.jsonl"
+SHARE = 0.7
+OFFSPRING = 4
+WAYS = ("plain", "slices", "trie", "raced")
+
+
+def main() -> None:
+    """Run the cells that are missing and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data-root", default=None)
+    parser.add_argument("--generations", type=int, default=200)
+    parser.add_argument("--timed", type=int, default=20)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    quiet_libraries()
+    scene = cache(lambda: Scene(_bench(options.data_root)))
+    texts = "passages" if options.data_root is None else "c4"
+    rows: list[Row] = []
+    for number in range(options.generations):
+        cell = {"texts": texts, "part": "record", "generation": number}
+        parent = rows[-1]["figures"] if rows else None
+        rows += run_cells(RESULTS, [cell], lambda c, p=parent: _recorded(scene(), c, p))  # type: ignore[misc]
+    every = max(1, options.generations // max(1, options.timed))
+    cells = [
+        {"texts": texts, "part": "time", "generation": n, "threads": torch.get_num_threads()}
+        for n in range(every - 1, options.generations, every)
+    ]
+    timed = run_cells(RESULTS, cells, lambda c: _timed(scene(), rows, c))
+    print(_told(rows, timed))
+
+
+class Scene:
+    """The ranked model and its fitness."""
+
+    def __init__(self, bench: Workbench) -> None:
+        prunable, self.errors = rank(bench, Progress())
+        assert isinstance(prunable, ElasticModel)
+        self.bench, self.elastic = bench, prunable
+        self.fitness = self.judge(prunable)
+        # The dense references are made once, before anything is timed.
+        self.fitness([Plan.dense(bench.architecture)], range(self.fitness.num_sequences))
+
+    def judge(self, runs: Prunable) -> Fitness:
+        """Return the fitness of whatever runs plans."""
+        tokens, batch = self.bench.texts.search, self.bench.config.evaluation.batch_size
+        return Fitness(
+            runs, self.bench.model, self.bench.family, {"kl": 1.0}, tokens, batch_size=batch
+        )
+
+    def fresh(self, parent: Plan) -> Fitness:
+        """Return a fitness that has the corrections of `parent` at hand and no others."""
+        elastic = ElasticModel(self.bench.model, self.bench.family, self.elastic.layers)
+        elastic.parameters(parent)
+        return self.fitness.of(elastic)
+
+
+def _bench(root: str | None) -> Workbench:
+    source = "passages" if root is None else "c4"
+    config = RunConfig.model_validate(
+        {
+            "model": "smollm2-135m-instruct",
+            "budget": {"parameters": SHARE},
+            "data": {
+                "root": root,
+                "calibrate": {"source": source, "tokens": 16_384},
+                "search": {"source": source, "tokens": 8_192},
+                "select": {"source": source, "tokens": 256},
+                "report": [{"source": "passages", "tokens": 256}],
+            },
+        }
+    )
+    return prepare(config, Progress())
+
+
+def _recorded(scene: Scene, cell: Cell, before: dict[str, Any] | None) -> dict[str, Any]:
+    """Return a generation: its plans, all their values, and the survivor."""
+    bench = scene.bench
+    if before is None:
+        parent = allocators.heuristic(bench.space, scene.errors)
+        plans, kept = [bench.grid.plan(parent)], None
+    else:
+        kept = {"plan": before["survivor"], "values": before["survivor_values"]}
+        parent = bench.grid.levels(Plan.from_json(before["survivor"]))
+        plans = _offspring(bench, parent, cell["generation"])
+    table = scene.fitness(plans, range(scene.fitness.num_sequences)).round(6)
+    field = [{"plan": p.to_json(), "values": v.tolist()} for p, v in zip(plans, table, strict=True)]
+    field += [kept] if kept is not None else []
+    best = min(field, key=lambda x: mean(np.array(x["values"])))
+    return {
+        "plans": [p.to_json() for p in plans],
+        "values": table.tolist(),
+        "survivor": best["plan"],
+        "survivor_values": best["values"],
+    }
+
+
+def _offspring(bench: Workbench, parent: Levels, generation: int) -> list[Plan]:
+    """Return distinct neighbours of the parent."""
+    made = {bench.grid.plan(parent): None}
+    for number in range(100):
+        rng = population.generator(0, generation, number)
+        made.setdefault(bench.grid.plan(population.mutate(parent, bench.space, rng)))
+        if len(made) > OFFSPRING:
+            break
+    return list(made)[1:]
+
+
+def _timed(scene: Scene, rows: Sequence[Row], cell: Cell) -> dict[str, Any]:
+    """Return the seconds of a candidate of this generation, each way; raced with the survivor."""
+    number = cell["generation"]
+    figures, before = rows[number]["figures"], rows[number - 1]["figures"]
+    plans = [Plan.from_json(x) for x in figures["plans"]]
+    parent, rival = Plan.from_json(before["survivor"]), np.array(before["survivor_values"])
+    sequences = range(scene.fitness.num_sequences)
+    dense = Plan.dense(scene.bench.architecture)
+    seen: list[int] = []
+
+    def plain() -> int:
+        scene.fitness([dense], sequences)
+        return 1
+
+    def slices() -> int:
+        judge = scene.fresh(parent)
+        for plan in plans:
+            judge([plan], sequences)
+        return len(plans)
+
+    def trie() -> int:
+        scene.fresh(parent)(plans, sequences)
+        return len(plans)
+
+    def raced() -> int:
+        judge = scene.fresh(parent)
+
+        def columns(chosen: Sequence[int], span: range) -> Floats:
+            return judge([plans[i] for i in chosen], span)
+
+        found = race(columns, [np.array([])] * len(plans), len(sequences), RacingSettings(), rival)
+        seen.append(sum(map(len, found)))
+        return len(plans)
+
+    ways: dict[str, Callable[[], int]] = dict(zip(WAYS, (plain, slices, trie, raced), strict=True))
+    seconds = {}
+    # Another order each time, so that none of them always follows the same one.
+    for name in np.random.default_rng(number).permutation(WAYS).tolist():
+        start = time.perf_counter()
+        count = ways[name]()
+        seconds[name] = (time.perf_counter() - start) / count
+    return {"seconds": seconds, "share": seen[0] / (len(plans) * len(sequences))}
+
+
+def _told(rows: Sequence[Row], timed: Sequence[Row]) -> str:
+    tables = [np.array(x["figures"]["values"]) for x in rows]
+    found = replay(tables, RacingSettings())
+    least = [mean(np.array(x["figures"]["survivor_values"])) for x in rows]
+    losses = [100 * x / y for x, y in zip(found.losses, least, strict=True)]
+    seconds = {way: [x["figures"]["seconds"][way] for x in timed] for way in WAYS}
+    lines = [
+        f"{len(rows)} generations of {OFFSPRING}; racing keeps the survivor of full scoring in "
+        f"{100 * found.agreement:.1f} % of them, loses {max(losses):.2f} % of KL at most, and "
+        f"scores {100 * found.share:.1f} % of the pairs",
+        "| way | seconds a candidate, median | quartiles | mean | share of plain |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    plain = statistics.fmean(seconds["plain"])
+    for way in WAYS:
+        low, middle, high = statistics.quantiles(seconds[way], n=4)
+        average = statistics.fmean(seconds[way])
+        lines.append(
+            f"| {way} | {middle:.2f} | {low:.2f} to {high:.2f} | {average:.2f} | "
+            f"1/{plain / average:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
