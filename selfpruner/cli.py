@@ -182,15 +182,16 @@ def experiment(
     folder = out or Path("runs") / "experiments" / config.stem
     with _plain_errors():
         from selfpruner import experiment as study
-        from selfpruner.experiment_table import tables
+        from selfpruner.experiment_table import table
         from selfpruner.progress import Progress
 
         file = results or Path("benchmarks") / "results" / f"{config.stem}.jsonl"
         with Progress() as progress:
-            rows = study.run_experiment(
+            found = study.run_experiment(
                 config, folder, file, progress, workers=workers, threads=threads
             )
-        typer.echo(tables(rows))
+        typer.echo(table(found))
+        typer.echo(f"\npage: {folder / 'experiment.html'}")
 
 
 @main.command()

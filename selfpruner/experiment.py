@@ -19,9 +19,11 @@ from agent.candidate import Candidate
 from agent.ledger import Ledger
 from prompts.library import load_strategy
 from selfpruner.arena import Arena
-from selfpruner.cells import Cell, Figures, Outcomes, Row, finish_cells, run_cells
+from selfpruner.cells import Cell, Figures, Outcomes, finish_cells, run_cells
 from selfpruner.config import BudgetSettings, RunConfig
 from selfpruner.experiment_config import Experiment, load_experiment
+from selfpruner.experiment_page import write_experiment_page
+from selfpruner.experiment_study import Study
 from selfpruner.finishing import mean_fitness
 from selfpruner.heap import share_heap
 from selfpruner.progress import Progress
@@ -40,11 +42,12 @@ def run_experiment(
     *,
     workers: int = 1,
     threads: int | None = None,
-) -> list[Row]:
-    """Run the cells that are not in `results` yet; return the rows of all that are finished.
+) -> Study:
+    """Run the cells that are not in `results` yet; return what all that are finished say.
 
-    Searches live in `folder`, where a stopped one is gone on with. Figures do not depend on the
-    number of workers, but on that of threads: sums are rounded in another order.
+    Searches live in `folder`, where a stopped one is gone on with, and so does the page,
+    `experiment.html`, also where cells are missing. Figures do not depend on the number of
+    workers, but on that of threads: sums are rounded in another order.
 
     Args:
         path: file of the experiment.
@@ -71,7 +74,10 @@ def run_experiment(
             rows = finish_cells(results, cells, partial(_outcomes, work, workers, progress))
     if not rows:
         raise ValueError(f"{path}: no cell was finished; the logs in {folder} say why")
-    return rows
+    study = Study(plan.name, rows, plan.roles, plan.placebos, plan.config.control, len(cells))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_experiment_page(study, path, folder / "experiment.html")
+    return study
 
 
 def cells_of(plan: Experiment) -> list[Cell]:

@@ -29,7 +29,7 @@ def write_report(folder: Path) -> Path:
         ValueError: `results.json` is missing or departs from the schema.
     """
     results = Results.load(folder / "results.json")
-    page = _environment().get_template("report.html.j2")
+    page = page_environment().get_template("report.html.j2")
     text = page.render(
         results=results,
         run=folder.resolve().name,
@@ -45,7 +45,7 @@ def write_report(folder: Path) -> Path:
         environment=_flat(results.environment),
         config=_text(folder / "config.yaml"),
     )
-    return _write(folder / "report.html", text)
+    return write_page(folder / "report.html", text)
 
 
 def write_comparison(folders: Sequence[Path], out: Path) -> Path:
@@ -68,17 +68,18 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
         if (dense := x.quality.dense.mean) is not None
         and (pruned := x.quality.pruned.mean) is not None
     ]
-    text = _environment().get_template("comparison.html.j2").render(
+    text = page_environment().get_template("comparison.html.j2").render(
         runs=runs,
         chart=comparison_chart(points),
         texts=_union(x.quality.pruned.perplexity for _, _, x in runs),
         phases={letter: _phases(x.speed.rows) for letter, _, x in runs},
         phase_names=_union(_phases(x.speed.rows) for _, _, x in runs),
     )  # fmt: skip
-    return _write(out, text)
+    return write_page(out, text)
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """Return what renders the templates of all pages; all text is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -92,7 +93,8 @@ def _environment() -> Environment:
     return environment
 
 
-def _write(path: Path, text: str) -> Path:
+def write_page(path: Path, text: str) -> Path:
+    """Write a page and return its path."""
     # newline: the same bytes on every system.
     path.write_text(text, encoding="utf-8", newline="\n")
     return path
