@@ -14,10 +14,10 @@ COLUMNS = (
     "role",
     "runs",
     "fitness, fresh tokens",
-    "fitness, search tokens",
     "minus control, paired",
     "p",
     "p, Holm",
+    "fitness, search tokens",
     "llm calls",
     "llm tokens",
     "fallbacks",
@@ -57,8 +57,8 @@ def lines(study: Study) -> list[tuple[str, ...]]:
             study.roles[arm],
             str(len(runs)),
             spread(list(study.values(arm).values())),
-            spread(list(study.values(arm, "fitness").values())),
             *_difference(against.get(arm)),
+            spread(list(study.values(arm, "fitness").values())),
             *(f"{statistics.fmean(x[name] for x in runs):.0f}" for name in _TOTALS),
         ))  # fmt: skip
     return rows
