@@ -65,7 +65,7 @@ def run_experiment(
     for run in plan.runs.values():
         check_words_and_drivers(run)
     cells = cells_of(plan)
-    with terminable():
+    with terminable(), _goes_on(progress):
         if workers == 1:
             rows = run_cells(results, cells, _Searches(plan, folder, progress, threads))
         else:
@@ -78,6 +78,16 @@ def run_experiment(
     folder.mkdir(parents=True, exist_ok=True)
     write_experiment_page(study, path, folder / "experiment.html")
     return study
+
+
+@contextmanager
+def _goes_on(progress: Progress) -> Iterator[None]:
+    """Say at a stop how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        progress.note("the same command goes on where it stopped")
+        raise
 
 
 def cells_of(plan: Experiment) -> list[Cell]:

@@ -53,7 +53,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the LLM helps, and why, one sentence an arm."""
+    """Whether the LLM helps, and why, one sentence an arm; no reason where none asks an LLM."""
 
     helps: bool
     reasons: tuple[str, ...]
@@ -61,6 +61,8 @@ class Verdict:
     @property
     def headline(self) -> str:
         """The answer in one sentence."""
+        if not self.reasons:
+            return "No arm asks an LLM."
         return "The LLM helps." if self.helps else "It is not shown that the LLM helps."
 
 
@@ -143,6 +145,8 @@ class Study:
         show that what the LLM is told is the cause: none of them beats that control as well, and
         the arm beats each of them. Without a placebo nothing is claimed.
         """
+        if "llm" not in self.roles.values():
+            return Verdict(False, ())
         asking = [arm for arm in self.arms if self.roles[arm] == "llm"]
         control = self.best_control
         if not asking or control is None:

@@ -102,7 +102,7 @@ def test_the_command_runs_every_cell_and_says_what_came_of_it(
         for arm in ("genetic", "random")
     ]
     assert "| genetic | classical | 4 |" in said
-    assert "No cell of an arm of role llm is finished." in said
+    assert "No arm asks an LLM." in said
     page = (study.parent / "alone" / "experiment.html").read_text()
     assert "8 <small>of 8</small>" in page
     # A smaller budget is a worse one: the cells were searched within their own.

@@ -146,8 +146,11 @@ def test_without_arms_to_compare_nothing_is_claimed() -> None:
         False,
         ("No cell of a classical control is finished.",),
     )
-    verdict = _study(_flat("genetic", [1.0], 0), {"genetic": "classical"}).verdict()
+    rows = _flat("genetic", [1.0], 0)
+    verdict = _study(rows, {"genetic": "classical", "moves": "llm"}).verdict()
     assert verdict.reasons == ("No cell of an arm of role llm is finished.",)
+    verdict = _study(rows, {"genetic": "classical"}).verdict()
+    assert (verdict.helps, verdict.headline) == (False, "No arm asks an LLM.")
 
 
 def test_units_are_paired_by_budget_and_seed_and_tests_adjusted_as_a_family() -> None:
