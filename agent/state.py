@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from agent import allocators
 from agent.allocators import Sensitivity
 from agent.budget import Spending
+from agent.disguise import Disguise
 from agent.drivers.driver import Driver
 from agent.ledger import Ledger
 from agent.parse import Block, Bounds
@@ -65,6 +66,7 @@ class SearchContext:
         clock: seconds that only grow.
         unit_latency: microseconds of a whole forward that one attention unit and one MLP step
             take, or None where they were not measured.
+        model_name: hub id or path of the model that is pruned, empty where nobody is to know.
     """
 
     settings: SearchSettings
@@ -81,11 +83,17 @@ class SearchContext:
     ledger: Ledger
     clock: Callable[[], float]
     unit_latency: tuple[float, float] | None = None
+    model_name: str = ""
 
     @cached_property
     def space(self) -> Space:
         """The plans this search may visit."""
         return Space(self.grid, self.budget, self.settings.min_rate, self.settings.max_rate)
+
+    @cached_property
+    def disguise(self) -> Disguise:
+        """What the prompts of this search hide."""
+        return Disguise(self.settings.placebo, self.seed, self.space.layers)
 
     @cached_property
     def spending(self) -> Spending:

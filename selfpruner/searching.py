@@ -74,6 +74,7 @@ def _context(
         ledger=Ledger(folder.path),
         clock=time.monotonic,
         unit_latency=arena.speed.per_unit(bench.grid),
+        model_name=config.model,
     )
 
 

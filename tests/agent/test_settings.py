@@ -18,6 +18,7 @@ from agent.settings import DriverSettings, SearchSettings
         {"popsize": 3},
         {"population": 0},
         {"allocator": "magic"},
+        {"placebo": "sugar"},
         {"classical_share": 1.5},
         {"seconds": float("nan")},
         {"min_rate": 0.5, "max_rate": 0.4},
