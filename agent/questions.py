@@ -73,6 +73,7 @@ def parents_question(
     assert context.strategy is not None
     words = context.strategy.words("select")
     view = View(context, slot.generation, "select", [], listed=tuple(listed))
+    # Changes are told against the plan that stands first, which may be so in disguise only.
     listed = wording.standpoint(view, "select").ranked(listed)
     view, ids = replace(view, base=view.levels(listed[0])), [x.id for x in listed]
     more = {

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent import briefing, reflections, wording
+from agent import briefing, facts, reflections, trajectory, wording
 from agent.candidate import Candidate
 from agent.conversation import Question
 from agent.disguise import Disguise
@@ -281,15 +281,25 @@ def test_moves_change_exactly_the_layers_that_were_meant(scene: Scene) -> None:
             assert {i: gap for i, gap in gaps.items() if gap} == {true: -1, taker: 1}
 
 
-def test_what_is_wrong_with_a_move_is_said_by_its_told_index(scene: Scene) -> None:
+@pytest.mark.parametrize(
+    ("block", "names", "word"),
+    [("attention", ("take_from", "give_to"), "most"), ("mlp", ("give_to", "take_from"), "least")],
+)
+def test_what_is_wrong_with_a_move_is_said_by_its_told_index(
+    scene: Scene, block: str, names: tuple[str, str], word: str
+) -> None:
     context = scene(allocator="llm", replies=[], placebo="layers")
     question = plan_question(context, Slot(0, 1, "generate"))
-    full = [i for i, (a, _) in enumerate(context.first_plan) if a == context.space.bounds[0][1]]
-    assert full
-    for true in full:
-        told = context.disguise.layer(true)
-        move = {"block": "attention", "take_from": (told + 1) % 6, "give_to": told, "units": 1}
-        with pytest.raises(ReplyError, match=f"attention {told} already keeps the most"):
+    kind, bound = (0, 1) if block == "attention" else (1, 0)
+    limit = context.space.bounds[kind][bound]
+    stuck = [i for i, pair in enumerate(context.first_plan) if pair[kind] == limit]
+    free = next(i for i, (a, m) in enumerate(context.first_plan) if a < 3 and 1 < m < 15)
+    assert stuck
+    assert any(context.disguise.layer(i) != i for i in stuck)
+    for true in stuck:
+        told, other = map(context.disguise.layer, (true, free))
+        move = {"block": block, names[0]: other, names[1]: told, "units": 1}
+        with pytest.raises(ReplyError, match=f"{block} {told} already keeps the {word}"):
             question.interpret(json.dumps({"moves": [move]}))
 
 
@@ -379,6 +389,81 @@ def test_false_effects_are_mixed_and_keep_their_hypotheses(asking: Scene, tmp_pa
     assert Counter(views[1].seen(x).fitness for x in shown) == values
     assert all(views[1].bearer(views[1].seen(x)).id != x.id for x in shown)
     assert all(views[1].bearer(x).fitness == x.fitness for x in shown)
+
+
+@pytest.fixture
+def lying(asking: Scene, tmp_path: Path) -> Callable[[str], View]:
+    """Return a maker of views on three generations, of a prompt that changes the second best."""
+
+    def make(strategy: str) -> View:
+        context = asking(strategy=strategy)
+        run(context, tmp_path)
+        false = context.settings.model_copy(update={"placebo": "fitness"})
+        context, parents = replace(context, settings=false), tuple(context.ledger.best(2)[1:])
+        view = View(context, 3, "moves", briefing.levels(context, parents[0]), parents)
+        return wording.standpoint(view, "mutate")
+
+    return make
+
+
+def test_a_false_history_tells_the_last_plans_with_the_fitness_of_others(
+    lying: Callable[[str], View],
+) -> None:
+    view = lying("history")
+    rows = [x.split("; fitness ") for x in trajectory.history(view).split("\n")]
+    plans = {view.plan(x): x for x in trajectory.last(view)}
+    assert sorted(plan for plan, _ in rows) == sorted(plans)
+    assert all(fitness == f"{view.seen(plans[plan]).fitness:.4g}" for plan, fitness in rows)
+    assert all(fitness != f"{plans[plan].fitness:.4g}" for plan, fitness in rows)
+    told = [float(fitness) for _, fitness in rows]
+    assert told == sorted(told, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "tell"),
+    [
+        ("with_statistics", trajectory.failed),
+        ("reasoning", trajectory.failed),
+        ("reflection", reflections.effects),
+    ],
+)
+def test_false_effects_are_of_plans_with_the_fitness_of_others(
+    lying: Callable[[str], View], strategy: str, tell: Callable[[View], str]
+) -> None:
+    view = lying(strategy)
+    true, false = (
+        {trajectory.effect(view, x, y) for x in shown for y in shown if x.id != y.id}
+        for shown in (view.shown, [view.seen(x) for x in view.shown])
+    )
+    rows = re.findall(r"(?m)^.*?: [\d.]+ -> [\d.]+", tell(view))
+    assert len(rows) >= 4
+    assert set(rows) <= false - true
+
+
+def test_a_false_best_and_worst_have_the_fitness_of_the_true_ones(
+    lying: Callable[[str], View],
+) -> None:
+    view = lying("with_statistics")
+    pool = view.context.ledger.best(view.context.settings.population, before=3)
+    for tell, true in [(facts.best, pool[0]), (facts.worst, pool[-1])]:
+        ((number, fitness),) = HEADER.findall(tell(view))
+        assert fitness == f"{true.fitness:.4g}"
+        assert int(number) != true.id
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_false_lists_are_told_against_the_plan_that_stands_first(
+    asking: Scene, tmp_path: Path, strategy: str
+) -> None:
+    context = asking(strategy=strategy, placebo="fitness")
+    run(context, tmp_path)
+    asked = [x for x in context.ledger.lines() if x.operator == "select"]
+    firsts = [HEADER.findall(x.messages[1]["content"])[0][0] for x in asked]
+    best = [str(context.ledger.best(1, before=x.generation)[0].id) for x in asked]
+    assert firsts != best
+    for line in asked:
+        listed = [x for x in line.messages[1]["content"].split("\n") if x.startswith("plan ")]
+        assert ["no changes" in x for x in listed] == [True, *[False] * (len(listed) - 1)]
 
 
 def test_parents_that_the_llm_did_not_choose_are_not_affected(scene: Scene, tmp_path: Path) -> None:
