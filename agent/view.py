@@ -66,8 +66,8 @@ class View:
         return self.seen(self._bearers.get(candidate.id, candidate))
 
     def ranked(self, candidates: Iterable[Candidate]) -> list[Candidate]:
-        """Return candidates by the fitness that they are told with, the best first."""
-        return sorted(candidates, key=lambda x: (self.seen(x).fitness, x.id))
+        """Return candidates by the fitness that they are told with, the best first; ties stay."""
+        return sorted(candidates, key=lambda x: self.seen(x).fitness)
 
     def header(self, candidate: Candidate) -> str:
         """Return the candidate's number, its fitness and what else may be told of it."""
