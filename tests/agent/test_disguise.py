@@ -476,7 +476,8 @@ def test_parents_that_the_llm_did_not_choose_are_not_affected(scene: Scene, tmp_
     fitness = {x["key"]: x["scores"]["fitness"] for x in ledgers[1]}
     truth = context.score
     for candidate in context.ledger.candidates():
-        assert fitness[candidate.key] == truth([candidate.plan], range(4)).mean()
+        mean = truth([candidate.plan], range(4)).mean()
+        assert fitness[candidate.key] == pytest.approx(mean, rel=1e-6)
 
 
 # The name
