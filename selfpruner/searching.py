@@ -89,6 +89,7 @@ def _context(
         clock=time.monotonic,
         unit_latency=arena.speed.per_unit(bench.grid),
         starts=starts,
+        model_name=config.model,
     )
 
 
