@@ -18,7 +18,7 @@ from langgraph.graph.state import CompiledStateGraph
 from langgraph.runtime import RunControl
 from langgraph.types import RetryPolicy
 
-from agent import nodes
+from agent import nodes, probes
 from agent.candidate import Candidate
 from agent.state import SearchContext, SearchState
 
@@ -119,17 +119,19 @@ def run_search(
     Args:
         context: the search's handles.
         checkpoint_path: SQLite file; with the ledger of the context, all that a resume needs.
-        on_event: told of every candidate, generation and call of the LLM.
+        on_event: told of every probe, candidate, generation and call of the LLM.
         control: asks for a stop between two steps.
 
     Raises:
-        ValueError: an allocator with an LLM lacks a driver or a strategy.
+        ValueError: an allocator with an LLM lacks a driver or a strategy, or the probes leave no
+            evaluation.
         SearchDrainedError: `control` asked for the stop.
         DriverError: all drivers gave up.
     """
     if context.settings.asks_llm and (not context.driver or not context.strategy):
         name = context.settings.allocator
         raise ValueError(f"search.allocator: {name} needs a driver and a strategy, driver is none")
+    probes.check(context)
     with closing(sqlite3.connect(checkpoint_path, check_same_thread=False)) as connection:
         runnable = build_graph().compile(checkpointer=SqliteSaver(connection), name="search")
         stopped = _run(runnable, context, on_event, control)

@@ -1,4 +1,4 @@
-"""What happened in a run: two append-only files of JSON lines, the truth about a search."""
+"""What happened in a run: append-only files of JSON lines, the truth about a search."""
 
 from __future__ import annotations
 
@@ -62,8 +62,36 @@ class LlmLine:
         return self.outcome.startswith("skipped")
 
 
+@dataclass(frozen=True)
+class Probe:
+    """One line of `probes.jsonl`: the dense model with one block cut, or the dense model itself.
+
+    Attributes:
+        layer, block, level: of the block that is cut, block 0 attention and 1 MLP; all None for
+            the dense model.
+        of: search sequences that there are.
+        values: fitness on the first of them, lower is better.
+    """
+
+    layer: int | None
+    block: int | None
+    level: int | None
+    of: int
+    values: tuple[float, ...]
+
+    @property
+    def cut(self) -> tuple[int | None, int | None, int | None]:
+        """Layer, block and level."""
+        return self.layer, self.block, self.level
+
+    @property
+    def charge(self) -> Fraction:
+        """Share of a full evaluation that scoring took."""
+        return Fraction(len(self.values), self.of)
+
+
 class Ledger:
-    """The lines of `candidates.jsonl` and `llm.jsonl` in one run folder.
+    """The lines of `candidates.jsonl`, `llm.jsonl` and `probes.jsonl` in one run folder.
 
     Each line is flushed as it is written. A torn last line (a run that was killed while it wrote)
     is cut when the ledger is opened; a broken line elsewhere is an error.
@@ -78,9 +106,14 @@ class Ledger:
         folder.mkdir(parents=True, exist_ok=True)
         self._candidate_path = folder / "candidates.jsonl"
         self._llm_path = folder / "llm.jsonl"
+        self._probe_path = folder / "probes.jsonl"
         rows = _read(self._candidate_path, mend=True)
         self._candidates = [Candidate.from_json(x) for x in rows]
         self._lines = read_lines(self._llm_path, mend=True)
+        self._probes = [
+            _probe(x, f"{self._probe_path.name}, line {n}")
+            for n, x in enumerate(_read(self._probe_path, mend=True), 1)
+        ]
         self._by_key = {x.key: x for x in self._candidates}
         self._attempts: dict[tuple[int, int, int, str], list[LlmLine]] = {}
         for line in self._lines:
@@ -93,6 +126,10 @@ class Ledger:
     def lines(self) -> list[LlmLine]:
         """Return all attempts in the order of writing."""
         return list(self._lines)
+
+    def probes(self) -> list[Probe]:
+        """Return all probes in the order of scoring."""
+        return list(self._probes)
 
     def find(self, key: str) -> Candidate | None:
         """Return the candidate whose plan has this key, if it was scored."""
@@ -111,9 +148,12 @@ class Ledger:
         return sorted(pool, key=lambda x: (x.fitness, not x.is_complete, x.id))[:count]
 
     def equivalents(self, before: int | None = None) -> Fraction:
-        """Return the full evaluations that scoring came to, before a generation if given."""
+        """Return the full evaluations that scoring came to, before a generation if given.
+
+        Probes come before all generations.
+        """
         pool = (x for x in self._candidates if before is None or x.generation < before)
-        return sum((x.charge for x in pool), Fraction())
+        return sum((x.charge for x in pool), sum((x.charge for x in self._probes), Fraction()))
 
     def charged(self, generation: int | None = None, operator: str = "") -> Charge:
         """Return what all calls cost, or those before this operator of this generation."""
@@ -141,6 +181,11 @@ class Ledger:
         self._lines.append(line)
         self._file(line)
 
+    def add_probe(self, probe: Probe) -> None:
+        """Append one probe."""
+        _append(self._probe_path, {**asdict(probe), "values": list(probe.values)})
+        self._probes.append(probe)
+
     def _file(self, line: LlmLine) -> None:
         place = (line.generation, line.slot, line.attempt, line.prompt_hash)
         self._attempts.setdefault(place, []).append(line)
@@ -160,6 +205,13 @@ def _line(data: Any, where: str) -> LlmLine:
     if not isinstance(data, dict) or set(data) != names or data["operator"] not in ORDER:
         raise ValueError(f"{where}: not a call of an LLM as this version writes it")
     return LlmLine(**{**data, "messages": tuple(data["messages"])})
+
+
+def _probe(data: Any, where: str) -> Probe:
+    names = {field.name for field in fields(Probe)}
+    if not isinstance(data, dict) or set(data) != names or not data["values"]:
+        raise ValueError(f"{where}: not a probe as this version writes it")
+    return Probe(**{**data, "values": tuple(data["values"])})
 
 
 def _append(path: Path, data: dict[str, Any]) -> None:

@@ -7,8 +7,9 @@ from typing import Any, cast
 from langgraph.config import get_stream_writer
 from langgraph.runtime import Runtime
 
-from agent import population
+from agent import population, probes
 from agent.candidate import Candidate, Scores
+from agent.ledger import Probe
 from agent.operators import Proposal, choose_parents, operators_of, propose
 from agent.questions import Slot
 from agent.scoring import score_pending
@@ -21,8 +22,10 @@ _PAIRS = 9_973  # keeps the draws of parents apart from those of the operators
 
 
 def generate(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
-    """Propose the first generation; of an allocator without a search, its one plan."""
+    """Propose the first generation, after the probes; without a search, its one plan."""
     context, generation = runtime.context, state["generation"]
+    for probe in probes.measured(context):
+        _tell_probe(context, probe)
     fixed = context.fixed_plan
     if fixed is not None:
         slot = Slot(generation, 0, context.settings.allocator)
@@ -149,6 +152,19 @@ def _tell(context: SearchContext, candidate: Candidate) -> None:
             "fitness": candidate.fitness,
             "best": context.ledger.best(1)[0].fitness,
             "evaluations": context.spending.evaluations,
+            "equivalents": float(context.spending.equivalents),
+            "limit": context.settings.evaluations,
+        }
+    )
+
+
+def _tell_probe(context: SearchContext, probe: Probe) -> None:
+    get_stream_writer()(
+        {
+            "kind": "probe",
+            "layer": probe.layer,
+            "block": probe.block,
+            "level": probe.level,
             "equivalents": float(context.spending.equivalents),
             "limit": context.settings.evaluations,
         }

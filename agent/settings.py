@@ -112,6 +112,19 @@ class SearchSettings(BaseModel):
         "counts for the share of the sequences that it has seen",
     )
     racing: RacingSettings = Field(RacingSettings(), description="when a plan is scored no further")
+    probes: int = Field(
+        0,
+        ge=0,
+        description="sequences on which the dense model is scored with one block cut at a time, "
+        "before the search; counted as evaluations, 0: no probes",
+    )
+    filter: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="classical proposals for one place, of which the surrogate lets one forward; "
+        "1: no filter",
+    )
     calls: int | None = Field(
         None, ge=0, description="limit on calls of the LLM, failed ones included; null: none"
     )

@@ -122,7 +122,7 @@ def _narrator(
 
     def tell(event: Event) -> None:
         nonlocal done
-        if event["kind"] == "candidate":
+        if event["kind"] in ("candidate", "probe"):
             now = int(event["equivalents"])
             advance(now - done)
             done = now

@@ -1,0 +1,187 @@
+"""The surrogate: right about additive fitness after a few plans, humble about anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agent import population, probes
+from agent.graph import run_search
+from agent.knapsack import knapsack
+from agent.loss_curves import Curves, loss_curves
+from agent.projection import Levels, Space
+from agent.settings import RacingSettings
+from agent.state import SearchContext
+from agent.surrogate import Surrogate, best_of, fit, surrogate
+from pruning.architecture import Architecture
+from pruning.plan import Budget, Grid
+
+Scene = Callable[..., SearchContext]
+
+
+def space_of(layers: int) -> Space:
+    architecture = Architecture("llama", layers, 576, 9, 3, 64, 1536, 49152, True)
+    grid = Grid.of(architecture, 64)
+    return Space(grid, Budget.of(architecture, grid, "parameters", 0.7))
+
+
+class Additive:
+    """Fitness that is the sum of the curves, each scaled by a number that nobody is told."""
+
+    def __init__(self, space: Space, seed: int, spread: float) -> None:
+        rng = np.random.default_rng(seed)
+        self.curves: Curves = [
+            [rng.exponential() * (1 - kept) ** 2 for kept in space.kept]
+            for _ in range(space.layers)
+        ]
+        self.scales = np.exp(spread * rng.standard_normal((space.layers, 2)))
+
+    def __call__(self, levels: Levels) -> float:
+        return 0.3 + sum(
+            scale * curve[level]
+            for scales, curves, pair in zip(self.scales, self.curves, levels, strict=True)
+            for scale, curve, level in zip(scales, curves, pair, strict=True)
+        )
+
+
+def neighbours(space: Space, start: Levels, count: int, seed: int) -> list[Levels]:
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        levels = start
+        for _ in range(int(rng.integers(1, 8))):
+            levels = population.mutate(levels, space, rng)
+        found.append(levels)
+    return found
+
+
+def agreement(model: Surrogate, truth: Additive, plans: list[Levels]) -> float:
+    """Return the rank correlation of predicted and true fitness."""
+    ranks = [
+        np.argsort(np.argsort([f(x) for x in plans])).astype(float) for f in (model.predict, truth)
+    ]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+@pytest.mark.parametrize(("layers", "least"), [(6, 0.95), (30, 0.85)])
+def test_it_learns_to_rank_an_additive_fitness(layers: int, least: float) -> None:
+    """From 40 plans, of 12 and of 60 blocks, whose scales are off by a factor of e and more."""
+    space = space_of(layers)
+    before, after = [], []
+    for seed in range(6):
+        truth = Additive(space, seed, spread=1.0)
+        start = knapsack(space, [[x.tolist() for x in pair] for pair in truth.curves])
+        plans = neighbours(space, start, 60, seed)
+        told, asked = plans[:40], plans[40:]
+        before.append(agreement(fit(truth.curves, [], [], []), truth, asked))
+        model = fit(truth.curves, told, [truth(x) for x in told], [1.0] * 40)
+        after.append(agreement(model, truth, asked))
+    assert np.mean(after) > least
+    assert np.mean(after) > np.mean(before) + 0.1
+
+
+def test_with_the_scales_it_predicts_the_fitness_itself() -> None:
+    space = space_of(6)
+    truth = Additive(space, 1, spread=0.3)
+    plans = neighbours(space, space.project(np.full((6, 2), 0.7)), 80, 1)
+    model = fit(truth.curves, plans[:60], [truth(x) for x in plans[:60]], [1.0] * 60)
+    errors = [model.predict(x) - truth(x) for x in plans[60:]]
+    assert np.std(errors) < 0.1 * np.std([truth(x) for x in plans[60:]])
+
+
+def test_a_plan_that_has_seen_less_is_trusted_less() -> None:
+    space = space_of(6)
+    truth = Additive(space, 2, spread=0.5)
+    plans = neighbours(space, space.project(np.full((6, 2), 0.7)), 60, 2)
+    fitness = np.array([truth(x) for x in plans])
+    shares = np.tile([1.0, 0.05], 30)
+    noise = np.random.default_rng(0).standard_normal(60) * np.where(shares < 1, fitness.std(), 0)
+    told = fit(truth.curves, plans, (fitness + noise).tolist(), shares.tolist())
+    untold = fit(truth.curves, plans, (fitness + noise).tolist(), [1.0] * 60)
+    asked = neighbours(space, plans[0], 60, 3)
+    assert agreement(told, truth, asked) > agreement(untold, truth, asked)
+
+
+def test_the_table_is_what_is_predicted() -> None:
+    space = space_of(6)
+    truth = Additive(space, 3, spread=0.5)
+    plans = neighbours(space, space.project(np.full((6, 2), 0.7)), 30, 3)
+    model = fit(truth.curves, plans, [truth(x) for x in plans], [1.0] * 30)
+    table = model.table()
+    sums = [sum(table[i][b][x[b]] for i, x in enumerate(p) for b in (0, 1)) for p in plans]
+    gaps = np.array([model.predict(x) for x in plans]) - sums
+    np.testing.assert_allclose(gaps, gaps[0])
+    assert min(min(block) for layer in table for block in layer) >= 0
+    best = knapsack(space, table)
+    assert model.predict(best) <= min(model.predict(x) for x in plans)
+    assert truth(best) < np.mean([truth(x) for x in plans])
+
+
+def test_samples_depend_on_the_generator_alone() -> None:
+    space = space_of(6)
+    truth = Additive(space, 4, spread=0.5)
+    plans = neighbours(space, space.project(np.full((6, 2), 0.7)), 30, 4)
+    model = fit(truth.curves, plans[:10], [truth(x) for x in plans[:10]], [1.0] * 10)
+    first, again, other = (
+        [model.sampled(np.random.default_rng(x)).predict(p) for p in plans] for x in (1, 1, 2)
+    )
+    assert first == again != other
+    certain = model.sampled(np.random.default_rng(1))
+    assert certain.sampled(np.random.default_rng(2)).predict(plans[0]) == pytest.approx(first[0])
+    spread = [model.sampled(np.random.default_rng(x)).predict(plans[20]) for x in range(50)]
+    more = fit(truth.curves, plans, [truth(x) for x in plans], [1.0] * 30)
+    less = [more.sampled(np.random.default_rng(x)).predict(plans[20]) for x in range(50)]
+    assert np.std(less) < np.std(spread)
+
+
+def test_the_best_of_equal_proposals_is_the_first() -> None:
+    space = space_of(6)
+    truth = Additive(space, 5, spread=0.0)
+    model = fit(truth.curves, [], [], [])
+    plans = neighbours(space, space.project(np.full((6, 2), 0.7)), 20, 5)
+    found = best_of(model, plans)
+    assert truth(found) == min(map(truth, plans))
+    twins = [list(plans[0]), list(plans[0])]
+    assert best_of(model, twins) is twins[0]
+
+
+@pytest.mark.parametrize("fitness", [[1.0] * 5, [1.0, 1.0 + 1e-15, 1.0, 1.0, 1.0], [0.0] * 5])
+def test_plans_of_equal_fitness_teach_nothing_and_break_nothing(fitness: list[float]) -> None:
+    space = space_of(6)
+    truth = Additive(space, 6, spread=0.0)
+    plans = neighbours(space, space.project(np.full((6, 2), 0.7)), 5, 6)
+    model = fit(truth.curves, plans, fitness, [1.0] * 5)
+    values = [x.predict(plans[0]) for x in (model, model.sampled(np.random.default_rng(0)))]
+    assert np.isfinite(values).all()
+
+
+def test_it_is_a_function_of_earlier_generations(scene: Scene, tmp_path: Path) -> None:
+    context = scene(folder=tmp_path, probes=1, sensitive=False, racing=RacingSettings())
+    run_search(context, tmp_path / "checkpoints.sqlite")
+    plans = neighbours(context.space, context.first_plan, 30, 7)
+    again = scene(folder=tmp_path, probes=1, sensitive=False, racing=RacingSettings())
+    for generation in (0, 1, 3):
+        first, second = (surrogate(x, generation) for x in (context, again))
+        assert [first.predict(x) for x in plans] == [second.predict(x) for x in plans]
+    late, early = surrogate(context, 3), surrogate(context, 1)
+    assert [late.predict(x) for x in plans] != [early.predict(x) for x in plans]
+
+
+def test_probes_tell_what_cut_errors_do_not(scene: Scene, tmp_path: Path) -> None:
+    """The scene's fitness is additive; cut errors that know no layer learn it from the probes."""
+    context = scene(folder=tmp_path, probes=1, sensitive=False)
+    list(probes.measured(context))
+    plans = neighbours(context.space, context.first_plan, 60, 8)
+    truth = [context.score.of(context.grid.plan(x)) for x in plans]  # type: ignore[attr-defined]
+    blind = fit(loss_curves(context.sensitivity, []), [], [], [])
+    ranks = [np.argsort(np.argsort(x)).astype(float) for x in (
+        truth,
+        [surrogate(context, 0).predict(x) for x in plans],
+        [blind.predict(x) for x in plans],
+    )]  # fmt: skip
+    correlation = np.corrcoef(ranks)[0]
+    assert correlation[1] > 0.999
+    assert correlation[2] < 0.9
