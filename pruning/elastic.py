@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from pruning.architecture import Architecture
 from pruning.elastic_layer import ElasticLayer, LayerParameters, Recipe
+from pruning.facts import AllocationFacts
 from pruning.families import Family, run_layer
 from pruning.plan import LayerPlan, Plan
 from pruning.ranking import Order
@@ -70,7 +71,7 @@ class ElasticModel:
         `tokens_BT` are calibration sequences; `on_layer(index)` is called after each layer.
         """
         layers = []
-        statistics = stream_statistics(model, family, tokens_BT, batch_size)
+        statistics = stream_statistics(model, family, tokens_BT, batch_size, recipe.holds_out)
         for index, (layer, measured) in enumerate(
             zip(family.layers(model), statistics, strict=True)
         ):
@@ -83,6 +84,11 @@ class ElasticModel:
         """Return the ranking of every layer: the same for every plan."""
         del plan
         return [layer.order for layer in self.layers]
+
+    @property
+    def facts(self) -> AllocationFacts:
+        """What classical allocators ask of the layers: plain numbers."""
+        return AllocationFacts.of(layer.facts for layer in self.layers)
 
     def parameters(self, plan: Plan) -> list[LayerParameters]:
         """Return the parameters of every layer under `plan`: what slicing writes down."""

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from pruning.families import Family, run_attention, run_mlp
 from pruning.ranking import Order, head_rows
-from pruning.statistics import inputs_of
+from pruning.statistics import inputs_of, is_held_out
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
 _DEAD = 1e-12  # least weight of a channel in the ridge, as a share of the mean weight
@@ -153,8 +153,8 @@ def _refit_output(
     assert isinstance(weight, Tensor)
     fit, held_out = CrossMoments(bias is not None), CrossMoments(bias is not None)
     for index, (x, before, after) in enumerate(zip(inputs, stream, target, strict=True)):
-        held = index % 8 == 7 or (len(inputs) < 8 and len(inputs) > 1 and index == len(inputs) - 1)
-        (held_out if held else fit).add(x, after - before)
+        part = held_out if is_held_out(index, len(inputs)) else fit
+        part.add(x, after - before)
     anchor = dense_DN.double()
     if isinstance(bias, Tensor):
         anchor = torch.cat([anchor, bias.double().unsqueeze(1)], dim=1)
