@@ -6,7 +6,7 @@ Shapes: B sequences, T tokens, D hidden size.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -19,7 +19,7 @@ from pruning.facts import AllocationFacts
 from pruning.families import Family, run_layer
 from pruning.plan import LayerPlan, Plan
 from pruning.ranking import Order
-from pruning.statistics import stream_statistics
+from pruning.statistics import LayerStatistics, stream_statistics
 
 
 class Prunable(Protocol):
@@ -70,8 +70,22 @@ class ElasticModel:
 
         `tokens_BT` are calibration sequences; `on_layer(index)` is called after each layer.
         """
-        layers = []
         statistics = stream_statistics(model, family, tokens_BT, batch_size, recipe.holds_out)
+        return cls.of(model, family, architecture, statistics, recipe, on_layer=on_layer)
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        family: Family,
+        architecture: Architecture,
+        statistics: Iterable[LayerStatistics],
+        recipe: Recipe,
+        *,
+        on_layer: Callable[[int], None] = lambda _: None,
+    ) -> ElasticModel:
+        """Return the elastic model from the statistics of each layer, taken one at a time."""
+        layers = []
         for index, (layer, measured) in enumerate(
             zip(family.layers(model), statistics, strict=True)
         ):

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from pruning.architecture import Architecture
 from pruning.facts import LayerFacts, outlier_share, standardised_scores
 from pruning.families import Family
 from pruning.metrics.registry import REMOVAL_METRICS
-from pruning.output_projection import OutputProjection
+from pruning.output_projection import OutputProjection, output_projections
 from pruning.plan import AttentionUnit, Grid, LayerPlan
 from pruning.ranking import Order, head_rows, order_of, permuted, unit_scores
 from pruning.reconstruction.correction import correction
 from pruning.reconstruction.ridge import Ridge, held_out_ridge
 from pruning.statistics import LayerStatistics
-from pruning.units import Units
 
 LayerParameters = dict[str, Tensor]
 
@@ -73,7 +71,7 @@ class ElasticLayer:
     ) -> None:
         self._family, self._architecture, self._unit = family, architecture, recipe.unit
         self._dense = dict(layer.named_parameters())
-        blocks = self._output_projections(statistics)
+        blocks = output_projections(self._dense, family, architecture, recipe.unit, statistics)
         self.ridges = (recipe.ridge_of(blocks[0]), recipe.ridge_of(blocks[1]))
         scores = unit_scores(
             recipe.metric, *blocks, architecture, ridges=self.ridges, seed=recipe.seed
@@ -97,23 +95,6 @@ class ElasticLayer:
             outlier_share(family, self._dense, statistics),
             standardised_scores(blocks[0], columns[0], squared=True),
             standardised_scores(blocks[1], columns[1], squared=False),
-        )
-
-    def _output_projections(
-        self, statistics: LayerStatistics
-    ) -> tuple[OutputProjection, OutputProjection]:
-        """Return the output projections of attention and MLP in at least float32."""
-        output, down = (
-            self._dense[f"{role}.weight"].detach() for role in (self._family.o, self._family.down)
-        )
-        wide = torch.float64 if output.dtype == torch.float64 else torch.float32
-        return (
-            OutputProjection(
-                output.to(wide),
-                statistics.attention,
-                Units.attention(self._architecture, self._unit),
-            ),
-            OutputProjection(down.to(wide), statistics.mlp, Units.mlp(self._architecture)),
         )
 
     def _permute_inputs(self) -> None:

@@ -122,6 +122,11 @@ class LayerMoments:
         self.attention, self.mlp = (Moments(), Moments()), (Moments(), Moments())
         self.entries: tuple[Tensor | float, Tensor | float] = (0.0, 0.0)
 
+    @property
+    def count(self) -> int:
+        """Tokens so far, held-out ones included."""
+        return sum(part.count for part in self.attention)
+
     def add(
         self, inputs: Sequence[Tensor], residuals: tuple[Tensor, Tensor], held_out: bool
     ) -> None:
@@ -160,18 +165,35 @@ def layer_statistics(
 
     `hidden` holds the layer's inputs (B, T, D); `hold_out` keeps the moments of some apart, too.
     """
-    moments, outputs, inputs = LayerMoments(), [], list[Tensor]()
+    moments = LayerMoments()
+    held_out = [hold_out and is_held_out(index, len(hidden)) for index in range(len(hidden))]
+    outputs = add_layer(moments, family, layer, hidden, rotary, held_out)
+    return moments.finish(), outputs
+
+
+def add_layer(
+    moments: LayerMoments,
+    family: Family,
+    layer: nn.Module,
+    hidden: Sequence[Tensor],
+    rotary: tuple[Tensor, Tensor],
+    held_out: Sequence[bool],
+) -> list[Tensor]:
+    """Run a dense layer, add to its moments and return its outputs, one a micro-batch.
+
+    `held_out` says for each micro-batch (B, T, D) of `hidden` which moments it belongs to.
+    """
+    outputs, inputs = [], list[Tensor]()
     with ExitStack() as stack:
         for role in (family.q, family.o, family.gate, family.down):
             stack.enter_context(inputs_of(layer.get_submodule(role), inputs.append))
-        for index, batch in enumerate(hidden):
+        for batch, is_apart in zip(hidden, held_out, strict=True):
             residual = run_attention(layer, batch, rotary)
             output = run_mlp(layer, residual)
-            held_out = hold_out and is_held_out(index, len(hidden))
-            moments.add(inputs, (residual, output), held_out)
+            moments.add(inputs, (residual, output), is_apart)
             inputs.clear()
             outputs.append(output)
-    return moments.finish(), outputs
+    return outputs
 
 
 def is_held_out(index: int, count: int) -> bool:

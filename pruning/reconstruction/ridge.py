@@ -32,20 +32,28 @@ def held_out_ridge(projection: OutputProjection) -> float:
     moments, and a removal metric needs it before there is an order. The best ridge falls with the
     number of tokens; all of them take part in the correction itself.
     """
+    errors = held_out_errors(projection)
+    return min(errors, key=errors.__getitem__) if errors else UNDECIDED
+
+
+def held_out_errors(projection: OutputProjection) -> dict[float, float]:
+    """Return the held-out output error per token of each ridge, summed over the cuts compared.
+
+    Empty where nothing is held out or a block has a single unit.
+    """
     units, cuts = projection.units, _cuts(projection.units)
     if projection.statistics.held_out is None or not cuts:
-        return UNDECIDED
+        return {}
     scores = units.mean(wifv(projection.weight, projection.statistics))
     columns = units.columns(scores.argsort(dim=1, descending=True, stable=True))
     statistics = permuted(projection.statistics, columns)
     weight, fit, held_out = projection.weight[:, columns], statistics.fit, statistics.held_out
     assert held_out is not None
-
-    def held_out_error(ridge: float) -> float:
+    errors = {}
+    for ridge in RIDGES:
         made = LeastSquaresCorrection(weight, fit, ridge)
-        return sum(output_error(weight, *made.cut(kept), held_out) for kept in cuts)
-
-    return min(RIDGES, key=held_out_error)
+        errors[ridge] = sum(output_error(weight, *made.cut(kept), held_out) for kept in cuts)
+    return errors
 
 
 def output_error(
