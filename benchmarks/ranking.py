@@ -41,18 +41,18 @@ FEW, USUAL, MANY = 16_384, 65_536, 131_072
 SHARES = (0.7, 0.5)
 BATCH = 8
 
-# (calibration tokens, metric, ridge, share, refit), cells of one ranking side by side
+# (calibration tokens, metric, ridge, share, refit)
 QUESTIONS: list[tuple[int, str, Ridge, float, str]] = [
-    # Which metric, and which ridge?
+    # Which metric?
     *(
-        (USUAL, metric, ridge, share, "none")
+        (USUAL, metric, 0.1, share, "none")
         for metric in ("wifv", "obs", "wanda_sp", "magnitude")
-        for ridge in (0.1, "auto")
         for share in SHARES
     ),
-    # Does that hold on few tokens?
-    *((FEW, metric, ridge, 0.7, "none") for metric in ("wifv", "obs") for ridge in (0.1, "auto")),
-    # And after the refit? On what target, and on how many tokens?
+    # Which ridge, on many tokens and on few?
+    *((USUAL, metric, "auto", share, "none") for metric in ("wifv", "obs") for share in SHARES),
+    *((FEW, "wifv", ridge, 0.7, "none") for ridge in (0.1, "auto")),
+    # What is left of it after the refit, on which target, and on how many tokens?
     *((USUAL, metric, 0.1, share, "stream") for metric in ("wifv", "obs") for share in SHARES),
     (USUAL, "wifv", 0.1, 0.7, "block"),
     (FEW, "wifv", 0.1, 0.7, "stream"),
@@ -88,19 +88,22 @@ def main() -> None:
         elastic = ranked(cell["tokens"], cell["metric"], cell["ridge"])
         return _figures(cell, bench(), elastic)
 
+    # Cells of one ranking go together: statistics and rankings are kept one at a time.
+    cells.sort(key=lambda cell: (cell["tokens"], cell["metric"], str(cell["ridge"])))
     print(_table(run_cells(RESULTS, cells, figures)))
 
 
 def _table(rows: list[Row]) -> str:
-    """Return perplexities, and log perplexities minus those of the first row of a share."""
+    """Return perplexities, and log perplexities minus those of what was the default, paired."""
     lines = [
-        "| kept | refit | tokens | metric | ridge | perplexity | log perplexity minus first |",
+        "| kept | refit | tokens | metric | ridge | perplexity | log perplexity minus wifv, 0.1 |",
         "|---:|---|---:|---|---:|---:|---:|",
     ]
-    for row in sorted(rows, key=lambda x: -x["cell"]["share"]):
+    before = {"tokens": USUAL, "metric": "wifv", "ridge": 0.1, "refit": "none"}
+    for row in sorted(rows, key=lambda x: (-x["cell"]["share"], x["cell"]["refit"])):
         cell, losses = row["cell"], row["figures"]["losses"]
-        first = next(x for x in rows if x["cell"]["share"] == cell["share"])["figures"]["losses"]
-        gaps = [a - b for a, b in zip(losses, first, strict=True)]
+        rival = next(x for x in rows if x["cell"] == {**cell, **before})
+        gaps = [a - b for a, b in zip(losses, rival["figures"]["losses"], strict=True)]
         error = statistics.stdev(gaps) / math.sqrt(len(gaps))
         lines.append(
             f"| {cell['share']} | {cell['refit']} | {cell['tokens']} | {cell['metric']} | "
