@@ -44,6 +44,7 @@ def finish(
             bench.family,
             prunable.orders(plan),
             bench.texts.calibrate,
+            target=bench.config.pruning.refit_target,
             batch_size=bench.config.evaluation.batch_size,
             on_layer=lambda _: advance(),
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from agent.projection import Space
 from pruning.architecture import Architecture
+from pruning.calibration import grown_calibration
 from pruning.elastic import ElasticModel, Prunable
 from pruning.elastic_layer import Recipe
 from pruning.families import Family, family_of
@@ -132,15 +133,17 @@ def rank(bench: Workbench, progress: Progress) -> tuple[Prunable, list[tuple[lis
 
 def _ranked(bench: Workbench, progress: Progress) -> ElasticModel:
     tokens: Tensor = bench.texts.calibrate
+    batch_size = bench.config.evaluation.batch_size
+    dense = (bench.model, bench.family, bench.architecture)
     with progress.stage("calibrate", bench.architecture.layers) as advance:
+        if bench.config.pruning.calibration == "auto":
+            unit = bench.recipe.unit
+            grown = grown_calibration(*dense, tokens, unit, batch_size=batch_size)
+            return ElasticModel.of(
+                *dense, grown.statistics, bench.recipe, on_layer=lambda _: advance()
+            )
         return ElasticModel.rank(
-            bench.model,
-            bench.family,
-            bench.architecture,
-            tokens,
-            bench.recipe,
-            batch_size=bench.config.evaluation.batch_size,
-            on_layer=lambda _: advance(),
+            *dense, tokens, bench.recipe, batch_size=batch_size, on_layer=lambda _: advance()
         )
 
 
