@@ -22,7 +22,6 @@ AllocatorName = Literal[
     "uniform",
     "uniform_mlp",
     "heuristic",
-    "knapsack",
     "owl",
     "flap_global",
 ]

@@ -65,7 +65,7 @@ def write(tmp_path: Path) -> Write:
         ("data: {report: [{tokens: 3}]}", "data.report.0.tokens: got 3; allowed: null or"),
         ("data: {calibrate: {source: wikitext2}}", "it is reported only"),
         ("data: {search: {source: passagse}}", "did you mean passages?"),
-        ("driver: {kind: none}", "driver.kind: got 'none'; search.allocator llm needs a driver"),
+        ("driver: {kind: none}", "driver.kind: got 'none'; search.allocator hybrid needs a driver"),
         ("search: {min_rate: 0.95}", "search.min_rate: got 0.95"),
         ("recipe: bset", "recipe: got 'bset'; allowed: best, flap, self_pruner, wanda_sp"),
         ("model: n", "line 2: key model given twice"),
