@@ -279,7 +279,7 @@ class Results(Record):
     units_dense: Units
     history: Annotated[tuple[HistoryRow, ...], Field(strict=False)]
     generations: Annotated[tuple[GenerationRow, ...], Field(strict=False)]
-    front: Annotated[tuple[FrontPoint, ...], Field(strict=False)] = ()
+    front: Annotated[tuple[FrontPoint, ...], Field(strict=False)]
     controls: dict[str, Control]
     samples: Annotated[tuple[Sample, ...], Field(strict=False)]
     cost: Cost
