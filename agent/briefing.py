@@ -1,4 +1,7 @@
-"""What prompts tell about plans, candidates and layers, as short text."""
+"""What prompts tell about plans, candidates and layers, as short text.
+
+Levels are told in the order in which they come: `View.levels` puts them in the told order.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +30,13 @@ def common(context: SearchContext) -> dict[str, str]:
 
 
 def errors(context: SearchContext) -> NDArray[np.int64]:
-    """Return the cut errors near the target share, scaled to 0..99, (layers, 2)."""
-    space = context.space
+    """Return the cut errors near the target share, scaled to 0..99, (layers, 2), as told."""
+    space, rows = context.space, context.disguise.rows(context.sensitivity)
     columns = []
     for block, kept in enumerate(space.kept):
         level = int(np.argmin(np.abs(kept - space.target)))
         level = min(level, max(len(kept) - 2, 0))
-        columns.append([row[block][level] for row in context.sensitivity])
+        columns.append([row[block][level] for row in rows])
     table = np.nan_to_num(np.array(columns).T, nan=0.0, posinf=0.0, neginf=0.0).clip(min=0)
     scaled: NDArray[np.int64] = np.rint(table * (_LARGEST / max(table.max(), 1e-300))).astype(int)
     return scaled

@@ -17,6 +17,7 @@ from agent.cma import sampled_shares
 from agent.projection import Levels
 from agent.questions import Slot
 from agent.state import SearchContext
+from agent.surrogate import best_of, surrogate
 
 Generator = np.random.Generator
 
@@ -120,12 +121,29 @@ class Cma(Evolution):
         return _mutated(context, context.conform(context.space.project(shares)), attempt, rng)
 
 
+class Guided(Genetic):
+    """Genetic operators whose proposals a surrogate filters: the likeliest of several goes on.
+
+    The surrogate is sampled anew for every slot (Thompson sampling), so that what it does not
+    know is tried as well; it decides nothing, every plan that goes on is scored.
+    """
+
+    def plan(self, context: SearchContext, slot: Slot, rng: Generator, attempt: int) -> Levels:
+        """Return the best of `search.filter` plans under a sampled surrogate."""
+        count = context.settings.filter
+        proposals = [super(Guided, self).plan(context, slot, rng, attempt) for _ in range(count)]
+        if slot.generation == 0 or count == 1:
+            return proposals[0]
+        return best_of(surrogate(context, slot.generation).sampled(rng), proposals)
+
+
 CLASSICAL: dict[str, Classical] = {
     "random": Random(),
     "random_seeded": RandomSeeded(),
     "genetic": Genetic(),
     "evolution": Evolution(),
     "cma": Cma(),
+    "guided": Guided(),
 }
 
 

@@ -32,7 +32,7 @@ def estimate(context: SearchContext) -> Estimate:
     first = min(settings.population, plans)
     brood = settings.crossover + settings.mutate
     generations = math.ceil((plans - first) / brood)
-    asked = sum(is_asked(context, i) for i in range(plans))
+    asked = sum(is_asked(context, 0, i) for i in range(plans))
     calls = math.ceil((asked + generations) * _REPAIRS)
     calls = calls if settings.calls is None else min(calls, settings.calls)
     messages = plan_question(context, Slot(0, 1, "generate")).messages

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from agent import trajectory
+from agent.candidate import Candidate
 from agent.ledger import ORDER
 from agent.view import View
 from prompts.library import FACTS
 
 _LABELS = {
+    "model": "Model: ",
     "best": "Best so far: ",
     "worst": "Worst of the population: ",
     "failed": "Changes that did not help (m5-2: two MLP steps fewer in layer 5; a: attention):\n",
@@ -18,15 +22,14 @@ _LABELS = {
 
 def facts(view: View) -> str:
     """Return a line for each fact that the strategy shows and that there is yet."""
-    strategy = view.context.strategy
-    shown = () if strategy is None else strategy.shows
-    told = {name: fact(view, name) for name in FACTS if name in shown}
+    told = {name: fact(view, name) for name in switched_on(view)}
     return "\n".join(f"{_LABELS[name]}{text}" for name, text in told.items() if text)
 
 
 def fact(view: View, name: str) -> str:
     """Return the value of one of `FACTS`, nothing where there is none yet."""
     tellers = {
+        "model": model,
         "best": best,
         "worst": worst,
         "failed": trajectory.failed,
@@ -36,17 +39,36 @@ def fact(view: View, name: str) -> str:
     return tellers[name](view)
 
 
+def switched_on(view: View) -> list[str]:
+    """Return the names of the facts that the strategy shows."""
+    strategy = view.context.strategy
+    return [name for name in FACTS if strategy is not None and name in strategy.shows]
+
+
+def candidates(view: View, name: str) -> list[Candidate]:
+    """Return the candidates of which one of `FACTS` tells the fitness."""
+    pickers: dict[str, Callable[[View], list[Candidate]]] = {
+        "best": _best,
+        "worst": _worst,
+        "failed": lambda view: [x for pair in trajectory.failures(view) for x in pair],
+    }
+    return pickers[name](view) if name in pickers else []
+
+
+def model(view: View) -> str:
+    """Return the name and the size of the model that is pruned."""
+    context = view.context
+    return f"{context.disguise.model(context.model_name)}, {context.space.layers} layers"
+
+
 def best(view: View) -> str:
     """Return the fittest candidate."""
-    pool = view.context.ledger.best(1, before=view.generation)
-    return view.told(pool[0]) if pool else ""
+    return "".join(view.told(view.bearer(x)) for x in _best(view))
 
 
 def worst(view: View) -> str:
     """Return the least fit of the candidates that survive, where that is not the best as well."""
-    count = view.context.settings.population
-    pool = view.context.ledger.best(count, before=view.generation)
-    return view.told(pool[-1]) if len(pool) > 1 else ""
+    return "".join(view.told(view.bearer(x)) for x in _worst(view))
 
 
 def latency(view: View) -> str:
@@ -77,3 +99,13 @@ def remaining(view: View) -> str:
         for name, (limit, used) in limits.items()
         if limit is not None
     )
+
+
+def _best(view: View) -> list[Candidate]:
+    return view.context.ledger.best(1, before=view.generation)
+
+
+def _worst(view: View) -> list[Candidate]:
+    count = view.context.settings.population
+    pool = view.context.ledger.best(count, before=view.generation)
+    return pool[-1:] if len(pool) > 1 else []

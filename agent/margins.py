@@ -1,7 +1,7 @@
 """What the next unit of a block is worth in a plan, and the layers in summary.
 
 The error of a block at a level comes from the table of cut errors; the margin of a step is the
-difference between two neighbouring levels.
+difference between two neighbouring levels. Levels come in the order in which layers are told.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ def steps(context: SearchContext, levels: Levels) -> tuple[Floats, Floats]:
     Scaled to 0..99 per kind of block; NaN where the block may not go a level down or up.
     """
     take, give = np.full((2, len(levels), 2), np.nan)
+    rows = context.disguise.rows(context.sensitivity)
     for block, (low, high) in enumerate(context.space.bounds):
         for i, pair in enumerate(levels):
-            errors = np.nan_to_num(context.sensitivity[i][block], posinf=0.0, neginf=0.0)
+            errors = np.nan_to_num(rows[i][block], posinf=0.0, neginf=0.0)
             level = pair[block]
             if level > low:
                 take[i, block] = max(0.0, errors[level - 1] - errors[level])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent import population
+from agent.bandit import asks_llm
 from agent.candidate import Candidate, Origin
 from agent.classical import CLASSICAL, Classical
 from agent.conversation import Answer, ask
@@ -54,7 +55,9 @@ def propose(
     """
     seen = {x.key for x in context.ledger.candidates() if x.generation < generation} | {*pending}
     made = _begun(context, slots, seen) if generation == 0 else {}
-    asked = [s for i, s in enumerate(slots) if s.index not in made and is_asked(context, i)]
+    asked = [
+        s for i, s in enumerate(slots) if s.index not in made and is_asked(context, generation, i)
+    ]
     answers = ask(context, generation, [plan_question(context, s) for s in asked])
     given = {s.index: a for s, a in zip(asked, answers, strict=True)}
     for slot in slots:
@@ -98,7 +101,7 @@ def choose_parents(context: SearchContext, generation: int, slot: int) -> list[C
     settings = context.settings
     pool = context.ledger.best(settings.population, before=generation)
     wanted = min(len(pool), max(2, settings.shown))
-    if wanted > 1 and len(pool) > 2 and is_asked(context, generation - 1):
+    if wanted > 1 and len(pool) > 2 and is_asked(context, generation, generation - 1):
         listed = pool[: max(2 * wanted, settings.shown)]
         place = Slot(generation, slot, "select")
         answer = ask(context, generation, [parents_question(context, place, listed, wanted)])[0]
@@ -109,11 +112,10 @@ def choose_parents(context: SearchContext, generation: int, slot: int) -> list[C
     return list(operators_of(context).parents(pool, wanted, rng))
 
 
-def is_asked(context: SearchContext, index: int) -> bool:
+def is_asked(context: SearchContext, generation: int, index: int) -> bool:
     """Return whether the LLM is asked for number `index`; the classical share is spread evenly."""
     share = context.settings.share_asked
-    assert share != "learned"
-    return int((index + 1) * (1 - share) + 1e-9) == int(index * (1 - share) + 1e-9)
+    return asks_llm(context.ledger.candidates(), context.seed, generation, index, share)
 
 
 def _settled(

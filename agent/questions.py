@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,8 @@ def plan_question(context: SearchContext, slot: Slot) -> Question[Levels]:
         ),
     }
     schema, read = readers[form]
-    view = View(context, slot.generation, form, plans[0], slot.parents)
+    base = context.disguise.rows(plans[0])
+    view = View(context, slot.generation, form, base, slot.parents)
     more = {
         "hint": context.strategy.hint(slot.index),
         "example": _compact({**_said(words), **_example(bounds, form)}),
@@ -70,10 +71,12 @@ def parents_question(
 ) -> Question[tuple[int, ...]]:
     """Return the question which candidates become parents of the slot's generation."""
     assert context.strategy is not None
-    ids, words = [x.id for x in listed], context.strategy.words("select")
-    view = View(context, slot.generation, "select", briefing.levels(context, listed[0]))
+    words = context.strategy.words("select")
+    view = View(context, slot.generation, "select", [], listed=tuple(listed))
+    # Changes are told against the plan that stands first, which may be so in disguise only.
+    listed = wording.standpoint(view, "select").ranked(listed)
+    view, ids = replace(view, base=view.levels(listed[0])), [x.id for x in listed]
     more = {
-        "candidates": "\n".join(view.told(x) for x in listed),
         "wanted": str(wanted),
         "example": _compact({**_said(words), "parents": ids[-wanted:]}),
     }
@@ -105,12 +108,12 @@ def _said(words: Sequence[str]) -> dict[str, str]:
 
 
 def _from_vectors(context: SearchContext, reply: Vectors) -> Levels:
-    removed = np.array([reply.attention, reply.mlp], dtype=np.float64).T
-    return context.space.project(1 - removed / 100)
+    rows = context.disguise.true_rows(list(zip(reply.attention, reply.mlp, strict=True)))
+    return context.space.project(1 - np.array(rows, dtype=np.float64) / 100)
 
 
 def _from_moves(context: SearchContext, parent: Levels, moves: Sequence[Move]) -> Levels:
-    """Return `parent` after the moves, each as far as the layers allow.
+    """Return `parent` after the moves of a reply, each as far as the layers allow.
 
     Raises:
         ReplyError: none of the moves changes anything.
@@ -119,22 +122,24 @@ def _from_moves(context: SearchContext, parent: Levels, moves: Sequence[Move]) -
     for move in moves:
         block = 0 if move.block == "attention" else 1
         low, high = context.space.bounds[block]
-        spare = levels[move.take_from][block] - low
-        room = high - levels[move.give_to][block]
+        giver, taker = map(context.disguise.true_layer, (move.take_from, move.give_to))
+        spare, room = levels[giver][block] - low, high - levels[taker][block]
         if spare <= 0 or room <= 0:
             layer, word = (move.take_from, "least") if spare <= 0 else (move.give_to, "most")
             problems.append(f"{move.block} {layer} already keeps the {word}")
             continue
         size = min(move.units, spare, room)
-        levels = population.shifted(levels, move.take_from, block, -size)
-        levels = population.shifted(levels, move.give_to, block, size)
+        levels = population.shifted(levels, giver, block, -size)
+        levels = population.shifted(levels, taker, block, size)
     if len(problems) == len(moves):
         raise ReplyError(f"None of the moves is possible: {problems[0]}.")
     return context.conform(context.space.settle(levels))
 
 
 def _from_mix(context: SearchContext, plans: Sequence[Levels], layers: Sequence[int]) -> Levels:
-    mixed = [plans[1][i] if i in set(layers) else x for i, x in enumerate(plans[0])]
+    """Return the first plan with some layers of a reply from the second."""
+    chosen = {context.disguise.true_layer(i) for i in layers}
+    mixed = [plans[1][i] if i in chosen else x for i, x in enumerate(plans[0])]
     return context.conform(context.space.settle(mixed))
 
 

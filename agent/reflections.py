@@ -20,7 +20,8 @@ _UNTOLD = frozenset("{}[]<>|`\\")  # what could pass for a placeholder or a mark
 
 def effects(view: View) -> str:
     """Return the last changes with hypothesis and measured effect, the most harmful first."""
-    told = sorted(islice(_effects(view), _EFFECTS), reverse=True)
+    changed = islice(_changed(view), _EFFECTS)
+    told = sorted((_effect(view, x, hypothesis) for x, hypothesis in changed), reverse=True)
     return "\n".join(text for _, _, text in told)
 
 
@@ -42,8 +43,14 @@ def plain(text: str) -> str:
     return " ".join(kept.split())[:_LONGEST].rstrip()
 
 
-def _effects(view: View) -> Iterator[tuple[float, int, str]]:
-    """Yield rise of the fitness, id and text of each change with a hypothesis, the latest first."""
+def measured(view: View) -> list[Candidate]:
+    """Return the candidates of which the effects tell the fitness."""
+    changed = [x for x, _ in islice(_changed(view), _EFFECTS)]
+    return [y for x in changed for y in (x, view.origin_of(x)) if y is not None]
+
+
+def _changed(view: View) -> Iterator[tuple[Candidate, str]]:
+    """Yield each candidate that was proposed with a hypothesis, and that, the latest first."""
     made = {
         (x.generation, x.slot, x.operator): x
         for x in view.past.values()
@@ -52,14 +59,16 @@ def _effects(view: View) -> Iterator[tuple[float, int, str]]:
     for line, words in _replies(view):
         candidate = made.get(_place(line))
         if candidate is not None and "hypothesis" in words:
-            yield _effect(view, candidate, plain(words["hypothesis"]))
+            yield candidate, plain(words["hypothesis"])
 
 
 def _effect(view: View, candidate: Candidate, hypothesis: str) -> tuple[float, int, str]:
-    before = view.origin_of(candidate)
-    if before is None:
+    """Return the rise of the fitness, the id and the text of a change, all as told."""
+    origin, candidate = view.origin_of(candidate), view.seen(candidate)
+    if origin is None:
         rise, text = 0.0, f"plan {candidate.id}: {candidate.fitness:.4g}"
     else:
+        before = view.seen(origin)
         rise = candidate.fitness - before.fitness
         text = f"{effect(view, candidate, before)}, {'better' if rise < 0 else 'no better'}"
     return rise, candidate.id, f"{text}; hypothesis: {hypothesis or 'none'}"

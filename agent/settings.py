@@ -22,12 +22,12 @@ AllocatorName = Literal[
     "uniform",
     "uniform_mlp",
     "heuristic",
-    "knapsack",
     "owl",
     "flap_global",
 ]
 Granularity = Literal["layer", "block"]
 DriverKind = Literal["embedded", "api", "vllm", "replay", "none"]
+Placebo = Literal["none", "layers", "fitness", "name"]
 Structured = Literal["auto", "json_schema", "json_object", "text"]
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -89,6 +89,11 @@ class SearchSettings(BaseModel):
         "moves",
         min_length=1,
         description="prompts of the llm allocator: a name under prompts/strategies or a folder",
+    )
+    placebo: Placebo = Field(
+        "none",
+        description="control of the llm allocator; what prompts hide from the LLM: the places of "
+        "layers, the fitness of plans (told in a false order) or the model's name",
     )
     granularity: Granularity = Field(
         "block", description="one rate per layer, or one per attention block and one per MLP"

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from agent import allocators
 from agent.allocators import Sensitivity, UnitScores
 from agent.budget import Spending
+from agent.disguise import Disguise
 from agent.drivers.driver import Driver
 from agent.ledger import Ledger
 from agent.parse import Block, Bounds
@@ -68,6 +69,7 @@ class SearchContext:
         outliers: of every layer the share of outliers among its weighted activations, for owl.
         unit_scores: `[layer][block][unit]` standardised scores in rank order, for flap_global.
         starts: plans of this budget that the first generation begins with, after the seed plan.
+        model_name: hub id or path of the model that is pruned, empty where nobody is to know.
     """
 
     settings: SearchSettings
@@ -87,11 +89,17 @@ class SearchContext:
     outliers: Sequence[float] = ()
     unit_scores: UnitScores = ()
     starts: Sequence[Plan] = ()
+    model_name: str = ""
 
     @cached_property
     def space(self) -> Space:
         """The plans this search may visit."""
         return Space(self.grid, self.budget, self.settings.min_rate, self.settings.max_rate)
+
+    @cached_property
+    def disguise(self) -> Disguise:
+        """What the prompts of this search hide."""
+        return Disguise(self.settings.placebo, self.seed, self.space.layers)
 
     @cached_property
     def spending(self) -> Spending:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from agent import briefing
@@ -20,8 +21,10 @@ class View:
         context: of the search.
         generation: of the proposal; only candidates and replies of earlier ones are told.
         form: of the reply; plans are told as vectors there, else as changes against `base`.
-        base: the plan that the prompt shows.
+        base: the plan that the prompt shows, in the order in which layers are told.
         parents: candidates that the prompt shows anyway.
+        listed: candidates that the prompt lists, where they are given.
+        shown: candidates of which the prompt tells the fitness; a disguise mixes it among them.
     """
 
     context: SearchContext
@@ -29,6 +32,8 @@ class View:
     form: Form
     base: Levels
     parents: tuple[Candidate, ...] = ()
+    listed: tuple[Candidate, ...] = ()
+    shown: tuple[Candidate, ...] = ()
 
     @cached_property
     def past(self) -> dict[int, Candidate]:
@@ -46,9 +51,31 @@ class View:
         seed = self.context.ledger.find(self.context.grid.plan(self.context.first_plan).key)
         return None if seed is None or seed.id == candidate.id else self.past.get(seed.id)
 
+    def levels(self, candidate: Candidate) -> Levels:
+        """Return the candidate's plan in the order in which layers are told."""
+        return self.context.disguise.rows(briefing.levels(self.context, candidate))
+
+    def seen(self, candidate: Candidate) -> Candidate:
+        """Return the candidate with the fitness, accuracy and speedup that it is told with."""
+        lender = self._lenders.get(candidate.id, candidate)
+        scores, accuracy, speedup = lender.scores, lender.accuracy, lender.speedup
+        return replace(candidate, scores=scores, accuracy=accuracy, speedup=speedup)
+
+    def bearer(self, candidate: Candidate) -> Candidate:
+        """Return who is told with the fitness of `candidate`, as seen."""
+        return self.seen(self._bearers.get(candidate.id, candidate))
+
+    def ranked(self, candidates: Iterable[Candidate]) -> list[Candidate]:
+        """Return candidates by the fitness that they are told with, the best first; ties stay."""
+        return sorted(candidates, key=lambda x: self.seen(x).fitness)
+
+    def header(self, candidate: Candidate) -> str:
+        """Return the candidate's number, its fitness and what else may be told of it."""
+        return briefing.header(self.context, self.seen(candidate))
+
     def plan(self, candidate: Candidate) -> str:
         """Return the candidate's plan as this prompt tells plans."""
-        levels = briefing.levels(self.context, candidate)
+        levels = self.levels(candidate)
         if self.form == "vectors":
             return briefing.vectors(self.context, levels)
         return briefing.changes(self.context, levels, self.base)
@@ -56,4 +83,13 @@ class View:
     def told(self, candidate: Candidate) -> str:
         """Return the candidate's fitness, what else may be told of it, and its plan."""
         mark = "\n" if self.form == "vectors" else "; "
-        return f"{briefing.header(self.context, candidate)}{mark}{self.plan(candidate)}"
+        return f"{self.header(candidate)}{mark}{self.plan(candidate)}"
+
+    @cached_property
+    def _lenders(self) -> dict[int, Candidate]:
+        return self.context.disguise.lenders(self.shown, self.generation)
+
+    @cached_property
+    def _bearers(self) -> dict[int, Candidate]:
+        known = {x.id: x for x in self.shown}
+        return {lender.id: known[i] for i, lender in self._lenders.items()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 
 from agent import briefing, facts, margins, reflections, trajectory
@@ -21,13 +22,42 @@ def messages(view: View, text: str, more: Mapping[str, str]) -> tuple[Message, .
     """
     strategy = view.context.strategy
     assert strategy is not None
-    named = strategy.placeholders("system") | strategy.placeholders(text)
+    view, named = standpoint(view, text), _named(view, text)
     told = {name: teller() for name, teller in _tellers(view).items() if name in named - {*more}}
     values = {**briefing.common(view.context), **told, **more}
     return (
         {"role": "system", "content": strategy.render("system", values)},
         {"role": "user", "content": strategy.render(text, values)},
     )
+
+
+def standpoint(view: View, text: str) -> View:
+    """Return the view of the text called `text`, which knows what candidates it shows."""
+    if not view.context.disguise.is_about_fitness:
+        return view
+    shown = {x.id: x for name in _named(view, text) for x in _candidates(view, name)}
+    return replace(view, shown=tuple(shown.values()))
+
+
+def _named(view: View, text: str) -> frozenset[str]:
+    """Return the placeholders of the system's words and of a text."""
+    strategy = view.context.strategy
+    assert strategy is not None
+    return strategy.placeholders("system") | strategy.placeholders(text)
+
+
+def _candidates(view: View, name: str) -> Iterable[Candidate]:
+    """Return the candidates of which a placeholder tells the fitness."""
+    if name == "facts":
+        return [x for fact in facts.switched_on(view) for x in facts.candidates(view, fact)]
+    pickers: dict[str, Callable[[], Iterable[Candidate]]] = {
+        **{fact: partial(facts.candidates, view, fact) for fact in FACTS},
+        **dict.fromkeys(("parent", "margins", "first", "second"), lambda: view.parents),
+        "history": partial(trajectory.last, view),
+        "effects": partial(reflections.measured, view),
+        "candidates": partial(_others, view),
+    }
+    return pickers[name]() if name in pickers else ()
 
 
 def _tellers(view: View) -> dict[str, Callable[[], str]]:
@@ -38,7 +68,7 @@ def _tellers(view: View) -> dict[str, Callable[[], str]]:
         "history": partial(trajectory.history, view),
         "effects": partial(reflections.effects, view),
         "lessons": partial(reflections.lessons, view),
-        "candidates": partial(_others, view),
+        "candidates": partial(_list, view),
     }
     return {
         **{name: partial(_or_nothing, teller) for name, teller in past.items()},
@@ -56,17 +86,23 @@ def _or_nothing(teller: Callable[[], str]) -> str:
     return teller() or _NOTHING
 
 
-def _others(view: View) -> str:
-    """Return the best candidates that the prompt does not show anyway."""
+def _list(view: View) -> str:
+    """Return the listed candidates, the best first."""
+    return "\n".join(map(view.told, view.ranked(_others(view))))
+
+
+def _others(view: View) -> Iterable[Candidate]:
+    """Return the candidates to be listed, or else the best ones that are not shown anyway."""
+    if view.listed:
+        return view.listed
     shown = view.context.settings.shown
     pool = view.context.ledger.best(shown + 2, before=view.generation)
-    others = [x for x in pool if x not in view.parents][:shown]
-    return "\n".join(view.told(x) for x in others)
+    return [x for x in pool if x not in view.parents][:shown]
 
 
 def _headed(view: View, plan: str) -> str:
     """Return the plan to be changed, headed by its fitness where it has one."""
-    return "\n".join([*(briefing.header(view.context, x) for x in view.parents), plan])
+    return "\n".join([*map(view.header, view.parents), plan])
 
 
 def _plan(view: View) -> str:
@@ -77,7 +113,7 @@ def _plan(view: View) -> str:
 
 def _told(view: View, parent: Candidate) -> str:
     """Return a plan to be crossed; the rows of a mix follow its second plan."""
-    return view.told(parent) if view.form == "vectors" else briefing.header(view.context, parent)
+    return view.told(parent) if view.form == "vectors" else view.header(parent)
 
 
 def _second(view: View) -> str:
@@ -85,5 +121,5 @@ def _second(view: View) -> str:
     second = view.parents[1]
     if view.form == "vectors":
         return _told(view, second)
-    rows = briefing.rows_that_differ(view.context, view.base, briefing.levels(view.context, second))
+    rows = briefing.rows_that_differ(view.context, view.base, view.levels(second))
     return f"{_told(view, second)}\n{rows}"

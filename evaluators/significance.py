@@ -1,4 +1,4 @@
-"""Is the pruned model worse, or is it noise? Paired tests on the same items."""
+"""Is one worse than the other, or is it noise? Paired tests on the same items or runs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 10_000
+EXACT_UNITS = 16  # 65,536 sign patterns: all of them are tried
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,84 @@ def mcnemar(only_dense: int, only_pruned: int) -> float:
     tail = sum(math.comb(total, k) for k in range(min(only_dense, only_pruned) + 1))
     # Integers divide without overflow however large the numbers of items are.
     return min(1.0, 2 * tail / (1 << total))
+
+
+def sign_flip(differences: Sequence[float], seed: int = 0, draws: int = 2 * RESAMPLES) -> float:
+    """Two-sided p value that the mean of paired differences is zero.
+
+    Under the null hypothesis each difference is as likely with the other sign (Fisher, The Design
+    of Experiments, 1935, section 21): p is the share of sign patterns whose mean is as far from
+    zero as the observed one. All patterns are tried up to `EXACT_UNITS` units, which gives at
+    least 2 / 2**n; beyond, `draws` random ones and the observed one itself (Phipson and Smyth,
+    2010), so that p is never zero.
+
+    Args:
+        differences: One number a unit, such as one search minus another at the same seed.
+        seed: Seed of the drawn patterns.
+        draws: How many of them.
+
+    Raises:
+        ValueError: If there is no unit.
+    """
+    values = np.asarray(differences, np.float64)
+    if not values.size:
+        raise ValueError("sign_flip: got no difference, need at least one")
+    is_exact = values.size <= EXACT_UNITS
+    if is_exact:
+        patterns = np.arange(1 << values.size)[:, None] >> np.arange(values.size) & 1
+    else:
+        patterns = np.random.default_rng(seed).integers(0, 2, (draws, values.size), np.int8)
+    sums = np.abs((1.0 - 2.0 * patterns) @ values)
+    # Equal sums differ by rounding when they are added up in another order.
+    extreme = int((sums >= abs(values.sum()) - 1e-12 * np.abs(values).sum()).sum())
+    return extreme / len(sums) if is_exact else (extreme + 1) / (len(sums) + 1)
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Adjusted p values of a family of tests, by name: the chance of any false alarm stays below.
+
+    The k-th smallest of m is multiplied by m - k + 1, made monotone and cut at 1 (Holm, A simple
+    sequentially rejective multiple test procedure, 1979); no independence is assumed.
+    """
+    adjusted: dict[str, float] = {}
+    largest = 0.0
+    for rank, name in enumerate(sorted(p_values, key=lambda x: (p_values[x], x))):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
+        adjusted[name] = largest
+    return {name: adjusted[name] for name in p_values}
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+    """Student's t interval (low, high) of a mean; None for fewer than two values."""
+    count = len(values)
+    if count < 2:
+        return None
+    half = t_quantile((1 + level) / 2, count - 1) * float(np.std(values, ddof=1)) / count**0.5
+    mean = float(np.mean(values))
+    return mean - half, mean + half
+
+
+def t_quantile(probability: float, freedom: int) -> float:
+    """Quantile of Student's t distribution for 0.5 <= `probability` < 1, by bisection."""
+    low, high = 0.0, math.pi / 2
+    while high - low > 1e-14:
+        middle = (low + high) / 2
+        below = (1 + _t_central(middle, freedom)) / 2
+        low, high = (middle, high) if below < probability else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def _t_central(angle: float, freedom: int) -> float:
+    """P(|T| <= t) for t = sqrt(freedom) tan(angle): Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    is_odd = freedom % 2
+    cosine = math.cos(angle)
+    term = cosine if is_odd else 1.0
+    total = 0.0
+    for power in range(1 + is_odd, freedom, 2):
+        total += term
+        term *= cosine**2 * power / (power + 1)
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if is_odd else total
 
 
 def _paired(

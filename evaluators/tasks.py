@@ -90,6 +90,21 @@ def evaluate_tasks(
     return {task: _score(task, items[task], outcomes[task]) for task in tasks}
 
 
+def task_texts(tasks: Sequence[str]) -> dict[str, list[str]]:
+    """Every text field of every item, by task; `evaluate_tasks` reads the same rows once.
+
+    Raises:
+        ValueError: For an unknown task, or when the package with the rows is not installed.
+    """
+    _check(tasks, None, 1)
+    from evaluators.harness import load_tasks
+
+    return {
+        name: [text for row in task.eval_docs for text in row.values() if isinstance(text, str)]
+        for name, task in load_tasks(tuple(tasks)).items()
+    }
+
+
 def mean_accuracy(scores: Mapping[str, TaskScore]) -> float:
     """Mean over tasks by `MEAN_CONVENTION`, 0 to 1."""
     if not scores:

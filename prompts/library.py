@@ -20,8 +20,8 @@ FORMS: dict[str, tuple[Form, ...]] = {
     "crossover": ("vectors", "mix"),
     "mutate": ("vectors", "moves"),
 }
-SHOWN = ("sensitivity", "accuracy", "speedup", "best", "worst", "failed", "latency", "remaining")
-FACTS = ("best", "worst", "failed", "latency", "remaining")
+FACTS = ("model", "best", "worst", "failed", "latency", "remaining")
+SHOWN = ("sensitivity", "accuracy", "speedup", *FACTS)
 REASONS: dict[Reasons, dict[str, tuple[str, ...]]] = {
     "none": dict.fromkeys(OPERATORS, ()),
     "why": dict.fromkeys(OPERATORS, ("why",)),
@@ -37,7 +37,7 @@ _COMMON = frozenset({"layers", "last_layer", "target", "units", "example"})
 _PAST = frozenset({*FACTS, "facts", "history", "effects", "lessons"})
 _TASK = _COMMON | _PAST | {"sensitivity", "statistics", "margins", "candidates", "hint"}
 _ALLOWED: dict[str, frozenset[str]] = {
-    "system": _COMMON,
+    "system": _COMMON | {"model"},
     "generate": _TASK | {"parent"},
     "select": _COMMON | _PAST | {"candidates", "wanted"},
     "crossover": _TASK | {"first", "second"},

@@ -6,7 +6,7 @@ Shapes: B sequences, T tokens, D hidden size.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -15,10 +15,11 @@ from torch.func import functional_call
 
 from pruning.architecture import Architecture
 from pruning.elastic_layer import ElasticLayer, LayerParameters, Recipe
+from pruning.facts import AllocationFacts
 from pruning.families import Family, run_layer
 from pruning.plan import LayerPlan, Plan
 from pruning.ranking import Order
-from pruning.statistics import stream_statistics
+from pruning.statistics import LayerStatistics, stream_statistics
 
 
 class Prunable(Protocol):
@@ -69,8 +70,22 @@ class ElasticModel:
 
         `tokens_BT` are calibration sequences; `on_layer(index)` is called after each layer.
         """
+        statistics = stream_statistics(model, family, tokens_BT, batch_size, recipe.holds_out)
+        return cls.of(model, family, architecture, statistics, recipe, on_layer=on_layer)
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        family: Family,
+        architecture: Architecture,
+        statistics: Iterable[LayerStatistics],
+        recipe: Recipe,
+        *,
+        on_layer: Callable[[int], None] = lambda _: None,
+    ) -> ElasticModel:
+        """Return the elastic model from the statistics of each layer, taken one at a time."""
         layers = []
-        statistics = stream_statistics(model, family, tokens_BT, batch_size)
         for index, (layer, measured) in enumerate(
             zip(family.layers(model), statistics, strict=True)
         ):
@@ -83,6 +98,11 @@ class ElasticModel:
         """Return the ranking of every layer: the same for every plan."""
         del plan
         return [layer.order for layer in self.layers]
+
+    @property
+    def facts(self) -> AllocationFacts:
+        """What classical allocators ask of the layers: plain numbers."""
+        return AllocationFacts.of(layer.facts for layer in self.layers)
 
     def parameters(self, plan: Plan) -> list[LayerParameters]:
         """Return the parameters of every layer under `plan`: what slicing writes down."""

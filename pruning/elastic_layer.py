@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from pruning.architecture import Architecture
+from pruning.facts import LayerFacts, outlier_share, standardised_scores
 from pruning.families import Family
+from pruning.metrics.registry import REMOVAL_METRICS
+from pruning.output_projection import OutputProjection, output_projections
 from pruning.plan import AttentionUnit, Grid, LayerPlan
 from pruning.ranking import Order, head_rows, order_of, permuted, unit_scores
 from pruning.reconstruction.correction import correction
+from pruning.reconstruction.ridge import Ridge, held_out_ridge
 from pruning.statistics import LayerStatistics
 
 LayerParameters = dict[str, Tensor]
@@ -23,11 +26,15 @@ LayerParameters = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How units are ranked and how survivors are corrected."""
+    """How units are ranked and how survivors are corrected.
+
+    `ridge` is that of the least-squares correction and of the metric that assumes it; `auto`
+    takes for each block the one with the least error on held-out calibration tokens.
+    """
 
     metric: str
     reconstruction: str
-    ridge: float
+    ridge: Ridge
     unit: AttentionUnit = "kv_group"
     seed: int = 0
 
@@ -39,6 +46,16 @@ class Recipe:
     def has_biases(self) -> bool:
         """Whether the correction puts a bias on every output projection."""
         return self.reconstruction != "none"
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether calibration keeps the moments of held-out tokens apart, to choose a ridge."""
+        has_ridge = self.reconstruction == "least_squares" or self.metric in REMOVAL_METRICS
+        return has_ridge and self.ridge == "auto"
+
+    def ridge_of(self, projection: OutputProjection) -> float:
+        """Return the ridge for one output projection."""
+        return held_out_ridge(projection) if self.ridge == "auto" else self.ridge
 
 
 class ElasticLayer:
@@ -52,33 +69,32 @@ class ElasticLayer:
         statistics: LayerStatistics,
         recipe: Recipe,
     ) -> None:
-        dense = dict(layer.named_parameters())
-        wide = (
-            torch.float64 if dense[f"{family.o}.weight"].dtype == torch.float64 else torch.float32
-        )
-        output = dense[f"{family.o}.weight"].detach().to(wide)
-        down = dense[f"{family.down}.weight"].detach().to(wide)
-        scores = unit_scores(recipe.metric, output, down, statistics, architecture, recipe.seed)
-        self.order: Order = order_of(scores, recipe.unit)
         self._family, self._architecture, self._unit = family, architecture, recipe.unit
-        self._dense = dense
+        self._dense = dict(layer.named_parameters())
+        blocks = output_projections(self._dense, family, architecture, recipe.unit, statistics)
+        self.ridges = (recipe.ridge_of(blocks[0]), recipe.ridge_of(blocks[1]))
+        scores = unit_scores(
+            recipe.metric, *blocks, architecture, ridges=self.ridges, seed=recipe.seed
+        )
+        self.order: Order = order_of(scores, recipe.unit)
         self._permute_inputs()
         # Query heads leave rank by rank across all groups, so that a cut is always a prefix.
         heads = self.order.heads if recipe.unit == "kv_group" else self.order.heads.T
-        columns = head_rows(heads, architecture.head_dim)
-        channels = self.order.channels
+        columns = (head_rows(heads, architecture.head_dim), self.order.channels)
         self._attention, self._mlp = (
             correction(
-                recipe.reconstruction, weight[:, index], permuted(moments, index), recipe.ridge
+                recipe.reconstruction, x.weight[:, index], permuted(x.statistics, index), ridge
             )
-            for weight, moments, index in (
-                (output, statistics.attention, columns),
-                (down, statistics.mlp, channels),
-            )
+            for x, index, ridge in zip(blocks, columns, self.ridges, strict=True)
         )
         self.residual_energy = (
             statistics.attention.residual_energy,
             statistics.mlp.residual_energy,
+        )
+        self.facts = LayerFacts(
+            outlier_share(family, self._dense, statistics),
+            standardised_scores(blocks[0], columns[0], squared=True),
+            standardised_scores(blocks[1], columns[1], squared=False),
         )
 
     def _permute_inputs(self) -> None:

@@ -6,20 +6,24 @@ Shapes: H query heads, K KV groups, R query heads a group, F MLP channels, O out
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pruning.architecture import Architecture
 from pruning.metrics.registry import channel_scores
+from pruning.output_projection import OutputProjection
 from pruning.plan import AttentionUnit
-from pruning.statistics import BlockStatistics, LayerStatistics
+from pruning.statistics import BlockStatistics
 
 
 @dataclass(frozen=True)
 class UnitScores:
-    """Importance in float64, higher = keep: query heads (K, R) and MLP channels (F,)."""
+    """Importance in float64, higher = keep: query heads (K, R) and MLP channels (F,).
+
+    Values of a metric, or, for metrics that find an order of removal, its steps.
+    """
 
     heads: Tensor
     mlp: Tensor
@@ -45,21 +49,25 @@ class Order:
 
 def unit_scores(
     metric: str,
-    output_weight: Tensor,
-    down_weight: Tensor,
-    statistics: LayerStatistics,
+    attention: OutputProjection,
+    mlp: OutputProjection,
     architecture: Architecture,
+    *,
+    ridges: tuple[float, float],
     seed: int,
 ) -> UnitScores:
     """Return the importance of the units of one layer.
 
     A query head's score is the sum over its channels of the metric on the output projection
-    (O, H * head_dim); heads of a group are neighbours (head h belongs to group h // R).
+    (O, H * head_dim); heads of a group are neighbours (head h belongs to group h // R). `ridges`
+    are those of the least-squares corrections of attention and MLP.
     """
-    attention = channel_scores(metric, output_weight, statistics.attention, seed)
+    heads, channels = (
+        channel_scores(metric, x.weight, x.statistics, x.units, ridge=ridge, seed=seed + block)
+        for block, (x, ridge) in enumerate(zip((attention, mlp), ridges, strict=True))
+    )
     shape = (architecture.kv_heads, architecture.q_per_group, architecture.head_dim)
-    mlp = channel_scores(metric, down_weight, statistics.mlp, seed + 1)
-    return UnitScores(attention.view(shape).sum(-1), mlp)
+    return UnitScores(heads.view(shape).sum(-1), channels)
 
 
 def order_of(scores: UnitScores, unit: AttentionUnit) -> Order:
@@ -93,11 +101,11 @@ def head_rows(heads: Tensor, head_dim: int) -> Tensor:
 
 def permuted(statistics: BlockStatistics, index: Tensor) -> BlockStatistics:
     """Return the statistics with their channels in the order `index` (N,)."""
-    gram = statistics.gram[index][:, index]
-    return BlockStatistics(
-        statistics.count,
-        statistics.mean[index],
-        statistics.square[index],
-        gram,
-        statistics.residual_energy,
+    held_out = statistics.held_out
+    return replace(
+        statistics,
+        mean=statistics.mean[index],
+        square=statistics.square[index],
+        gram=statistics.gram[index][:, index],
+        held_out=None if held_out is None else permuted(held_out, index),
     )

@@ -6,6 +6,10 @@ projection, r the dense stream after the block and W_dense the dense columns of 
 (W, b) minimises
 E|g + W x + b - r|^2 + lambda sum over channels j of E[x_j^2] |W_j - W_dense,j|^2.
 
+That is the target `stream`: a block repairs what upstream lost. The target `block` leaves g and
+the dense stream before the block out of the difference: W x + b then imitates the dense block's
+output, and losses upstream stay (EXPERIMENTS.md: much worse).
+
 The ridge pulls towards the dense columns, not towards those of a correction: those were fitted to
 the same tokens once already, and starting from them does worse (EXPERIMENTS.md). So the refit
 takes the place of the correction that the search ran under. The weight of a channel makes the
@@ -20,13 +24,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from pruning.families import Family, run_attention, run_mlp
 from pruning.ranking import Order, head_rows
-from pruning.statistics import inputs_of
+from pruning.statistics import inputs_of, is_held_out
+
+RefitTarget = Literal["stream", "block"]
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
 _DEAD = 1e-12  # least weight of a channel in the ridge, as a share of the mean weight
@@ -78,34 +85,39 @@ def refit(
     orders: Sequence[Order],
     tokens_BT: Tensor,
     *,
+    target: RefitTarget = "stream",
     batch_size: int = 8,
     on_layer: Callable[[int], None] = lambda _: None,
 ) -> list[tuple[float, float]]:
     """Refit all output projections of `pruned` in place; return the ridges chosen per layer.
 
-    `orders` is the ranking that `pruned` was cut by, one a layer.
+    `orders` is the ranking that `pruned` was cut by, one a layer; `target` is what every block
+    imitates.
 
     Each ridge is the one of `RIDGES` with the least error on one micro-batch in eight (of fewer,
     the last) that the fit does not see; the final solution uses all.
     """
     device = family.head(dense).device
     batches = [x.to(device) for x in tokens_BT.split(batch_size)]
-    target = [family.embed(dense, x) for x in batches]
-    stream = [x.clone() for x in target]
-    rotary = family.rotary(dense, target[0])
+    dense_stream = [family.embed(dense, x) for x in batches]
+    stream = [x.clone() for x in dense_stream]
+    rotary = family.rotary(dense, dense_stream[0])
     ridges = []
     layers = zip(family.layers(dense), family.layers(pruned), orders, strict=True)
     for index, (dense_layer, layer, order) in enumerate(layers):
         o_DN, down_DN = _dense_columns(dense_layer, layer, family, order)
-        after = [run_attention(dense_layer, x, rotary) for x in target]
-        target = [run_mlp(dense_layer, x) for x in after]
+        middle = [run_attention(dense_layer, x, rotary) for x in dense_stream]
+        after = [run_mlp(dense_layer, x) for x in middle]
         attend = partial(run_attention, layer, rotary=rotary)
         inputs = _captured(layer.get_submodule(family.o), attend, stream)
-        first = _refit_output(layer.get_submodule(family.o), o_DN, inputs, stream, after)
+        before = stream if target == "stream" else dense_stream
+        first = _refit_output(layer.get_submodule(family.o), o_DN, inputs, before, middle)
         stream = _applied(layer.get_submodule(family.o), inputs, stream)
         inputs = _captured(layer.get_submodule(family.down), partial(run_mlp, layer), stream)
-        second = _refit_output(layer.get_submodule(family.down), down_DN, inputs, stream, target)
+        before = stream if target == "stream" else middle
+        second = _refit_output(layer.get_submodule(family.down), down_DN, inputs, before, after)
         stream = _applied(layer.get_submodule(family.down), inputs, stream)
+        dense_stream = after
         ridges.append((first, second))
         on_layer(index)
     return ridges
@@ -144,17 +156,17 @@ def _refit_output(
     linear: nn.Module,
     dense_DN: Tensor,
     inputs: Sequence[Tensor],
-    stream: Sequence[Tensor],
-    target: Sequence[Tensor],
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
 ) -> float:
-    """Solve for one output projection, write it back, return the ridge chosen."""
+    """Fit an output projection to `after - before`, write it back, return the ridge chosen."""
     weight = linear.weight
     bias = linear.bias
     assert isinstance(weight, Tensor)
     fit, held_out = CrossMoments(bias is not None), CrossMoments(bias is not None)
-    for index, (x, before, after) in enumerate(zip(inputs, stream, target, strict=True)):
-        held = index % 8 == 7 or (len(inputs) < 8 and len(inputs) > 1 and index == len(inputs) - 1)
-        (held_out if held else fit).add(x, after - before)
+    for index, (x, start, end) in enumerate(zip(inputs, before, after, strict=True)):
+        part = held_out if is_held_out(index, len(inputs)) else fit
+        part.add(x, end - start)
     anchor = dense_DN.double()
     if isinstance(bias, Tensor):
         anchor = torch.cat([anchor, bias.double().unsqueeze(1)], dim=1)

@@ -65,7 +65,9 @@ class SequentialModel:
         parameters, orders = [], []
         layers = zip(self.family.layers(self.model), plan.layers, strict=True)
         for index, (layer, kept) in enumerate(layers):
-            statistics, _ = layer_statistics(self.family, layer, hidden, rotary)
+            statistics, _ = layer_statistics(
+                self.family, layer, hidden, rotary, self._recipe.holds_out
+            )
             own = self._recipe.for_layer(index)
             ranked = ElasticLayer(layer, self.family, self._architecture, statistics, own)
             tensors = ranked.parameters(kept)

@@ -6,8 +6,8 @@ Shapes: B sequences, T tokens, D hidden size, N input channels of an output proj
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ class BlockStatistics:
 
     `mean` E[x] (N,) and `square` E[x^2] (N,) in float64; `gram` E[x x'] (N, N) in float32, not
     centred; `residual_energy` the median over tokens of |r|^2, r the residual stream that the
-    block writes to (the median, because a few tokens carry enormous activations).
+    block writes to (the median, because a few tokens carry enormous activations). `held_out` are
+    the moments over the held-out part of the same tokens alone, where there is one.
     """
 
     count: int
@@ -29,6 +30,7 @@ class BlockStatistics:
     square: Tensor
     gram: Tensor
     residual_energy: float
+    held_out: BlockStatistics | None = None
 
     @property
     def variance(self) -> Tensor:
@@ -36,13 +38,32 @@ class BlockStatistics:
         spread = (self.square - self.mean.square()).clamp_min(0)
         return spread * (self.count / max(self.count - 1, 1))
 
+    @property
+    def fit(self) -> BlockStatistics:
+        """Moments over the tokens that are not held out (`residual_energy` stays that of all)."""
+        if self.held_out is None:
+            return self
+        count = self.count - self.held_out.count
+        whole, part = self.count / count, self.held_out.count / count
+        return BlockStatistics(
+            count,
+            whole * self.mean - part * self.held_out.mean,
+            whole * self.square - part * self.held_out.square,
+            whole * self.gram - part * self.held_out.gram,
+            self.residual_energy,
+        )
+
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Statistics of the two output projections of one layer."""
+    """Statistics of the two output projections of one layer, and of what enters its blocks.
+
+    `entry_squares` are E[x^2] (D,) in float64 of what enters q, k, v and of what enters gate, up.
+    """
 
     attention: BlockStatistics
     mlp: BlockStatistics
+    entry_squares: tuple[Tensor, Tensor]
 
 
 class Moments:
@@ -68,8 +89,20 @@ class Moments:
         """Remember the energy of each token of the residual stream."""
         self.energies.append(r_BTD.float().square().sum(-1).flatten())
 
+    def merged(self, other: Moments) -> Moments:
+        """Return the sums over the tokens of both, which stay as they are."""
+        assert self.gram is not None
+        assert other.gram is not None
+        both = Moments()
+        both.count = self.count + other.count
+        both.total = self.total + other.total
+        both.square = self.square + other.square
+        both.gram = self.gram + other.gram
+        both.energies = self.energies + other.energies
+        return both
+
     def finish(self) -> BlockStatistics:
-        """Return the moments per token."""
+        """Return the moments per token; the sums stay as they are."""
         assert isinstance(self.total, Tensor)
         assert isinstance(self.square, Tensor)
         assert self.gram is not None
@@ -77,31 +110,98 @@ class Moments:
             self.count,
             self.total / self.count,
             self.square / self.count,
-            self.gram.div_(self.count),
+            self.gram / self.count,
             float(torch.cat(self.energies).median()),
         )
 
 
+class LayerMoments:
+    """Running sums of one layer: each output projection's, held-out tokens apart."""
+
+    def __init__(self) -> None:
+        self.attention, self.mlp = (Moments(), Moments()), (Moments(), Moments())
+        self.entries: tuple[Tensor | float, Tensor | float] = (0.0, 0.0)
+
+    @property
+    def count(self) -> int:
+        """Tokens so far, held-out ones included."""
+        return sum(part.count for part in self.attention)
+
+    def add(
+        self, inputs: Sequence[Tensor], residuals: tuple[Tensor, Tensor], held_out: bool
+    ) -> None:
+        """Add a micro-batch: what enters q, o, gate and down, and the stream after each block."""
+        q_BTD, o_BTN, gate_BTD, down_BTN = inputs
+        for parts, x, residual in (
+            (self.attention, o_BTN, residuals[0]),
+            (self.mlp, down_BTN, residuals[1]),
+        ):
+            parts[held_out].add(x)
+            parts[held_out].add_residual(residual)
+        attention, mlp = self.entries
+        self.entries = (_squares(q_BTD) + attention, _squares(gate_BTD) + mlp)
+
+    def finish(self) -> LayerStatistics:
+        """Return the moments per token; the sums stay as they are."""
+        attention, mlp = (
+            fit.finish()
+            if not held_out.count
+            else replace(fit.merged(held_out).finish(), held_out=held_out.finish())
+            for fit, held_out in (self.attention, self.mlp)
+        )
+        entries = tuple(x / attention.count for x in self.entries if isinstance(x, Tensor))
+        assert len(entries) == 2
+        return LayerStatistics(attention, mlp, entries)
+
+
 def layer_statistics(
-    family: Family, layer: nn.Module, hidden: Sequence[Tensor], rotary: tuple[Tensor, Tensor]
+    family: Family,
+    layer: nn.Module,
+    hidden: Sequence[Tensor],
+    rotary: tuple[Tensor, Tensor],
+    hold_out: bool = False,
 ) -> tuple[LayerStatistics, list[Tensor]]:
     """Return the statistics of one dense layer and its outputs, micro-batch by micro-batch.
 
-    `hidden` holds the layer's inputs (B, T, D).
+    `hidden` holds the layer's inputs (B, T, D); `hold_out` keeps the moments of some apart, too.
     """
-    attention, mlp = Moments(), Moments()
-    outputs = []
-    with (
-        inputs_of(layer.get_submodule(family.o), attention.add),
-        inputs_of(layer.get_submodule(family.down), mlp.add),
-    ):
-        for batch in hidden:
+    moments = LayerMoments()
+    held_out = [hold_out and is_held_out(index, len(hidden)) for index in range(len(hidden))]
+    outputs = add_layer(moments, family, layer, hidden, rotary, held_out)
+    return moments.finish(), outputs
+
+
+def add_layer(
+    moments: LayerMoments,
+    family: Family,
+    layer: nn.Module,
+    hidden: Sequence[Tensor],
+    rotary: tuple[Tensor, Tensor],
+    held_out: Sequence[bool],
+) -> list[Tensor]:
+    """Run a dense layer, add to its moments and return its outputs, one a micro-batch.
+
+    `held_out` says for each micro-batch (B, T, D) of `hidden` which moments it belongs to.
+    """
+    outputs, inputs = [], list[Tensor]()
+    with ExitStack() as stack:
+        for role in (family.q, family.o, family.gate, family.down):
+            stack.enter_context(inputs_of(layer.get_submodule(role), inputs.append))
+        for batch, is_apart in zip(hidden, held_out, strict=True):
             residual = run_attention(layer, batch, rotary)
             output = run_mlp(layer, residual)
-            attention.add_residual(residual)
-            mlp.add_residual(output)
+            moments.add(inputs, (residual, output), is_apart)
+            inputs.clear()
             outputs.append(output)
-    return LayerStatistics(attention.finish(), mlp.finish()), outputs
+    return outputs
+
+
+def is_held_out(index: int, count: int) -> bool:
+    """Return whether micro-batch `index` of `count` is held out: one in eight, of fewer the last.
+
+    A single one is not: there would be nothing left to fit to.
+    """
+    return index % 8 == 7 or (1 < count < 8 and index == count - 1)
 
 
 @torch.no_grad()
@@ -110,6 +210,7 @@ def stream_statistics(
     family: Family,
     tokens_BT: Tensor,
     batch_size: int,
+    hold_out: bool = False,
 ) -> Iterator[LayerStatistics]:
     """Yield the statistics of each layer of the dense model; one layer's are alive at a time.
 
@@ -119,7 +220,7 @@ def stream_statistics(
     hidden = [family.embed(model, x.to(device)) for x in tokens_BT.split(batch_size)]
     rotary = family.rotary(model, hidden[0])
     for layer in family.layers(model):
-        statistics, hidden = layer_statistics(family, layer, hidden, rotary)
+        statistics, hidden = layer_statistics(family, layer, hidden, rotary, hold_out)
         yield statistics
 
 
@@ -131,3 +232,9 @@ def inputs_of(module: nn.Module, receive: Callable[[Tensor], None]) -> Iterator[
         yield
     finally:
         handle.remove()
+
+
+def _squares(x_BTD: Tensor) -> Tensor:
+    """Return the sum over tokens of x^2 (D,), float64."""
+    x = x_BTD if x_BTD.dtype == torch.float64 else x_BTD.float()
+    return x.square().sum((0, 1), dtype=torch.float64)

@@ -21,7 +21,7 @@ from selfpruner.workbench import Workbench, rank
 
 @dataclass(frozen=True)
 class Arena:
-    """A ranked model and its judges; searches of one model, recipe and budget may share it.
+    """A ranked model and its judges; searches of one model and recipe may share it.
 
     Attributes:
         bench: the dense model and its texts.
@@ -66,8 +66,8 @@ class Arena:
         return cls(bench, prunable, errors, score, selection, speed)
 
     def proposing(self, config: RunConfig) -> Self:
-        """Return this arena for another way of proposing plans."""
-        return replace(self, bench=replace(self.bench, config=config))
+        """Return this arena for another way of proposing plans, or for another budget."""
+        return replace(self, bench=self.bench.proposing(config))
 
     def within(self, budget: Budget, config: RunConfig) -> Self:
         """Return this arena for another budget, with the configuration of its search."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 Cell = dict[str, Any]
+Figures = dict[str, Any]
 Row = dict[str, Any]
+Outcomes = Generator[tuple[Cell, Figures], None, None]
 
 
-def run_cells(path: Path, cells: list[Cell], run: Callable[[Cell], dict[str, Any]]) -> list[Row]:
+def run_cells(path: Path, cells: list[Cell], run: Callable[[Cell], Figures]) -> list[Row]:
     """Return the rows (`cell` and `figures`) of an experiment; run only those not yet on file.
 
     Rows live in the file `path`, one JSON line each, written when its cell is done.
@@ -19,17 +22,34 @@ def run_cells(path: Path, cells: list[Cell], run: Callable[[Cell], dict[str, Any
     Raises:
         ValueError: a line of the file cannot be read.
     """
-    known = _rows(path)
+    return finish_cells(path, cells, lambda todo: ((cell, run(cell)) for cell in todo))
+
+
+def finish_cells(
+    path: Path, cells: list[Cell], outcomes: Callable[[list[Cell]], Outcomes]
+) -> list[Row]:
+    """Return the rows of `cells`, in their order; those not yet on file come from `outcomes`.
+
+    Args:
+        path: the file of rows; only this process writes to it.
+        cells: what the experiment is made of.
+        outcomes: gives the cells that it is handed with their figures, in any order as they are
+            done; one that it leaves out has no row.
+
+    Raises:
+        ValueError: a line of the file cannot be read.
+    """
+    rows = [x for x in _rows(path) if x["cell"] in cells]
+    todo = [cell for cell in cells if all(x["cell"] != cell for x in rows)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for cell in cells:
-        row = next((x for x in known if x["cell"] == cell), None)
-        if row is None:
-            row = {"cell": cell, "figures": run(cell)}
+    with closing(outcomes(todo)) as finished:
+        for cell, figures in finished:
+            row = {"cell": cell, "figures": figures}
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
-        rows.append(row)
-    return rows
+            rows.append(row)
+    found = (next((x for x in rows if x["cell"] == cell), None) for cell in cells)
+    return [row for row in found if row is not None]
 
 
 def _rows(path: Path) -> list[Row]:

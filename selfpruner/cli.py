@@ -171,18 +171,27 @@ def experiment(
         Path | None,
         typer.Option(help="File of finished cells; benchmarks/results/CONFIG.jsonl."),
     ] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Cells at a time, each in a process with its own model.")
+    ] = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of each worker; the cores shared out by default.")
+    ] = None,
 ) -> None:
     """Compare ways of proposing plans over seeds; finished cells are never run twice."""
     folder = out or Path("runs") / "experiments" / config.stem
     with _plain_errors():
         from selfpruner import experiment as study
-        from selfpruner.experiment_table import tables
+        from selfpruner.experiment_table import table
         from selfpruner.progress import Progress
 
         file = results or Path("benchmarks") / "results" / f"{config.stem}.jsonl"
         with Progress() as progress:
-            rows = study.experiment(config, folder, file, progress)
-        typer.echo(tables(rows))
+            found = study.run_experiment(
+                config, folder, file, progress, workers=workers, threads=threads
+            )
+        typer.echo(table(found))
+        typer.echo(f"\npage: {folder / 'experiment.html'}")
 
 
 @main.command()

@@ -93,6 +93,17 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _allocator_has_its_facts(self) -> Self:
+        if self.search.allocator in ("owl", "flap_global") and (
+            self.pruning.statistics != "frozen"
+        ):
+            raise ValueError(
+                f"pruning.statistics: got 'sequential'; allowed with search.allocator "
+                f"{self.search.allocator}: frozen"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _front_is_of_shares(self) -> Self:
         if self.front.targets and self.budget.target > 1:
             raise ValueError(

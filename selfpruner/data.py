@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from selfpruner.choices import load_choice_items
+from selfpruner.overlap import check_roles
 from selfpruner.sources import REPORT_ONLY, load_corpus, load_documents
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ class Tokenizer(Protocol):
     ) -> Mapping[str, Any]:
         """Return at least `input_ids`, the tokens of `text`."""
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens."""
+
 
 @dataclass(frozen=True)
 class TextData:
@@ -56,15 +60,16 @@ def load_texts(config: RunConfig, tokenizer: Tokenizer) -> TextData:
     """Return the token windows that `config.data` asks for.
 
     Each document of a source belongs to one role by a hash of its text, so roles never share a
-    document, and what one role holds does not depend on what another asks for.
+    document, and what one role holds does not depend on what another asks for. That no role holds
+    the text of another in other documents, or from another source, is checked (`overlap`).
 
     Raises:
-        ValueError: a text is not at hand, or has fewer tokens than asked.
+        ValueError: a text is not at hand, has fewer tokens than asked, or stands in two roles.
     """
     reader = _Reader(tokenizer, config.data.root, config.seed)
     data = config.data
     names = _report_names([(text.source, text.length) for text in data.report])
-    return TextData(
+    texts = TextData(
         calibrate=reader.windows(
             data.calibrate.source, "calibrate", data.calibrate.tokens, data.length
         ),
@@ -75,6 +80,16 @@ def load_texts(config: RunConfig, tokenizer: Tokenizer) -> TextData:
             for name, text in zip(names, data.report, strict=True)
         },
     )
+    check_roles(
+        {
+            "calibrate": {data.calibrate.source: texts.calibrate.flatten().numpy()},
+            "search": {data.search.source: texts.search.flatten().numpy()},
+            "select": {data.select.source: texts.select.flatten().numpy()},
+            "report": {name: windows.flatten().numpy() for name, windows in texts.report.items()},
+        },
+        tokenizer.decode,
+    )
+    return texts
 
 
 def role_of(text: str) -> Role:

@@ -1,120 +1,224 @@
-"""Experiments: arms that differ in how plans are proposed, over seeds, on one ranked model."""
+"""Experiments: arms that differ in how plans are proposed, over seeds, budgets and models."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
-from pydantic import Field, ValidationError
+import torch
 
 from agent.candidate import Candidate
 from agent.ledger import Ledger
 from prompts.library import load_strategy
 from selfpruner.arena import Arena
-from selfpruner.cells import Cell, Row, run_cells
-from selfpruner.complaints import complaints
-from selfpruner.config import RunConfig, load_config
+from selfpruner.cells import Cell, Figures, Outcomes, finish_cells, run_cells
+from selfpruner.config import BudgetSettings, RunConfig
+from selfpruner.experiment_config import Experiment, load_experiment
+from selfpruner.experiment_page import write_experiment_page
+from selfpruner.experiment_study import Study
 from selfpruner.finishing import mean_fitness
 from selfpruner.heap import share_heap
 from selfpruner.progress import Progress
-from selfpruner.run_folder import RunFolder, is_run_folder
+from selfpruner.run_folder import RunFolder
 from selfpruner.searching import check_words_and_drivers, search
-from selfpruner.settings import Settings
+from selfpruner.stopping import terminable
 from selfpruner.workbench import prepare, quiet_libraries
-from selfpruner.yaml_text import read_mapping
-
-_SHARED = ("search.", "driver.")
+from selfpruner.workers import Work, in_workers
 
 
-class ExperimentConfig(Settings):
-    """Arms by name, each a set of dotted settings over the base; all of them share the others."""
+def run_experiment(
+    path: Path,
+    folder: Path,
+    results: Path,
+    progress: Progress,
+    *,
+    workers: int = 1,
+    threads: int | None = None,
+) -> Study:
+    """Run the cells that are not in `results` yet; return what all that are finished say.
 
-    base: str = Field(min_length=1, description="run configuration, a path from this file's folder")
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="of the searches")
-    settings: dict[str, Any] = Field(default_factory=dict, description="over the base, all arms")
-    arms: dict[str, dict[str, Any]] = Field(min_length=1, description="search.* and driver.* only")
+    Searches live in `folder`, where a stopped one is gone on with, and so does the page,
+    `experiment.html`, also where cells are missing. Figures do not depend on the number of
+    workers, but on that of threads: sums are rounded in another order.
 
-
-def load_experiment(path: Path) -> ExperimentConfig:
-    """Return the experiment of a YAML file.
-
-    Raises:
-        ValueError: one line for each thing that is wrong.
-    """
-    try:
-        config = ExperimentConfig.model_validate_json(json.dumps(read_mapping(path)), strict=True)
-    except ValidationError as error:
-        lines = complaints(ExperimentConfig, error, lambda _: str(path))
-        raise ValueError("\n".join(lines)) from None
-    for arm, settings in config.arms.items():
-        for name in settings:
-            if not name.startswith(_SHARED):
-                raise ValueError(
-                    f"{path}: arms.{arm}: got {name}; allowed: names that start with search. or "
-                    "driver., because all arms share one ranked model"
-                )
-    return config
-
-
-def experiment(path: Path, folder: Path, results: Path, progress: Progress) -> list[Row]:
-    """Run the cells (arm, seed) that are not in `results` yet; return the rows of all.
-
-    Searches live in `folder`, where a stopped one is gone on with.
+    Args:
+        path: file of the experiment.
+        folder: of its searches.
+        results: file of finished cells.
+        progress: what the user sees; a worker writes to `worker-N.log` in the folder.
+        workers: cells at a time, each in a process with its own model; 1: in this process.
+        threads: of torch in each; None: the cores shared out, or torch's choice for one worker.
 
     Raises:
-        ValueError: what is asked for cannot be had; one line.
+        ValueError: what is asked for cannot be had, or no cell was finished; one line.
         KeyboardInterrupt: a signal asked for a stop.
     """
-    share_heap()
-    quiet_libraries()
-    config = load_experiment(path)
-    base = _configured(path, config, {})
-    runs = {arm: _configured(path, config, settings) for arm, settings in config.arms.items()}
-    for run in runs.values():
+    plan = load_experiment(path)
+    for run in plan.runs.values():
         check_words_and_drivers(run)
+    cells = cells_of(plan)
+    with terminable(), _goes_on(progress):
+        if workers == 1:
+            rows = run_cells(results, cells, _Searches(plan, folder, progress, threads))
+        else:
+            share = threads or max(1, (os.cpu_count() or 1) // workers)
+            work = partial(_in_worker, path.resolve(), folder.resolve(), share)
+            rows = finish_cells(results, cells, partial(_outcomes, work, workers, progress))
+    if not rows:
+        raise ValueError(f"{path}: no cell was finished; the logs in {folder} say why")
+    study = Study(plan.name, rows, plan.roles, plan.placebos, plan.config.control, len(cells))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_experiment_page(study, path, folder / "experiment.html")
+    return study
 
-    @cache
-    def arena() -> Arena:
-        return Arena.open(prepare(base, progress), _folder(folder, base), progress)
 
-    def figures(cell: Cell) -> dict[str, Any]:
-        run = runs[cell["arm"]].model_copy(update={"seed": cell["seed"]})
-        progress.note(f"cell: {cell['arm']}, seed {cell['seed']}")
-        return _searched(arena(), run, folder / f"{cell['arm']}-{cell['seed']}", progress)
+@contextmanager
+def _goes_on(progress: Progress) -> Iterator[None]:
+    """Say at a stop how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        progress.note("the same command goes on where it stopped")
+        raise
 
-    # Interleaved by seed, so that an unfinished experiment has all arms at the first seeds.
-    cells = [
-        {"experiment": path.stem, "arm": arm, "seed": seed, "settings": _digest(runs[arm])}
-        for seed in config.seeds
-        for arm in config.arms
+
+def cells_of(plan: Experiment) -> list[Cell]:
+    """Return all cells, seed by seed: an unfinished experiment has all arms at the first seeds."""
+    digests = {arm: digest_of(run) for arm, run in plan.runs.items()}
+    return [
+        {
+            "experiment": plan.name,
+            "model": model,
+            "budget": name_of(budget),
+            "arm": arm,
+            "seed": seed,
+            "settings": digests[arm],
+        }
+        for seed in plan.config.seeds
+        for model in plan.models
+        for budget in plan.budgets
+        for arm in plan.runs
     ]
-    return run_cells(results, cells, figures)
 
 
-def _configured(path: Path, config: ExperimentConfig, arm: dict[str, Any]) -> RunConfig:
-    settings = [f"{k}={json.dumps(v)}" for k, v in {**config.settings, **arm}.items()]
-    return load_config(path.parent / config.base, settings=settings)
+def name_of(budget: BudgetSettings) -> str:
+    """Return a budget as the command line has it: `parameters=0.7`."""
+    return f"{budget.kind}={budget.target:.12g}"
 
 
-def _digest(run: RunConfig) -> str:
-    """Return what a cell's figures depend on beside its arm and seed, as a short hash."""
-    words = asdict(load_strategy(run.search.strategy)) if run.search.allocator == "llm" else {}
-    text = run.to_yaml() + json.dumps(words, sort_keys=True)
+def digest_of(run: RunConfig) -> str:
+    """Return what a cell's figures depend on beside what it names, as a short hash.
+
+    Only what departs from the defaults counts, so that cells outlive settings that are added; a
+    default that changes is to be written into the base file, or old cells are taken for new ones.
+    """
+    tree = run.model_dump(mode="json", exclude_defaults=True, exclude={"model", "budget"})
+    words = asdict(load_strategy(run.search.strategy)) if run.search.asks_llm else {}
+    text = json.dumps([tree, words], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _folder(path: Path, config: RunConfig) -> RunFolder:
-    return RunFolder.open(path) if is_run_folder(path) else RunFolder.create(path, config)
+class _Searches:
+    """Runs cells in this process; the arena of one model is kept until another is asked for."""
+
+    def __init__(
+        self, plan: Experiment, folder: Path, progress: Progress, threads: int | None
+    ) -> None:
+        share_heap()
+        quiet_libraries()
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._plan, self._folder, self._progress = plan, folder, progress
+        self._arenas: dict[str, Arena] = {}
+
+    def __call__(self, cell: Cell) -> Figures:
+        """Return the figures of one search, begun or gone on with."""
+        self._progress.note(_named(cell))
+        budget = next(x for x in self._plan.budgets if name_of(x) == cell["budget"])
+        facts = {"model": cell["model"], "budget": budget, "seed": cell["seed"]}
+        run = self._plan.runs[cell["arm"]].model_copy(update=facts)
+        path = self._folder / _slug(cell["model"]) / cell["budget"]
+        folder = RunFolder.begun(path / "{arm}-{seed}-{settings}".format_map(cell), run)
+        return _figures(self._arena(cell["model"]).proposing(run), folder, self._progress)
+
+    def _arena(self, model: str) -> Arena:
+        """Return the arena of a model, with the seed of the base: all searches share its text."""
+        if model not in self._arenas:
+            self._arenas.clear()
+            run = self._plan.base.model_copy(update={"model": model})
+            path = self._folder / _slug(model)
+            with _turn(path):
+                bench = prepare(run, self._progress)
+                self._arenas[model] = Arena.open(
+                    bench, RunFolder.begun(path / "arena", run), self._progress
+                )
+        return self._arenas[model]
 
 
-def _searched(arena: Arena, run: RunConfig, path: Path, progress: Progress) -> dict[str, Any]:
-    """Return the figures of one search."""
-    folder = _folder(path, run)
-    found = search(arena.proposing(run), run, folder, progress)
+def _outcomes(work: Work, workers: int, progress: Progress, cells: list[Cell]) -> Outcomes:
+    """Yield the outcomes of the workers and show them."""
+    with (
+        progress.stage("cells", len(cells)) as advance,
+        closing(in_workers(cells, work, workers, progress.note)) as outcomes,
+    ):
+        for cell, figures in outcomes:
+            advance()
+            progress.note(f"{_named(cell)}: {figures['seconds']:.0f} s")
+            yield cell, figures
+
+
+def _named(cell: Cell) -> str:
+    return "cell: {model}, {budget}, {arm}, seed {seed}".format_map(cell)
+
+
+def _in_worker(path: Path, folder: Path, threads: int, number: int, cell: Cell) -> Figures:
+    return _worker(path, folder, threads, number)(cell)
+
+
+@cache
+def _worker(path: Path, folder: Path, threads: int, number: int) -> _Searches:
+    """Return what runs the cells of this worker process, on a GPU of its own where there are."""
+    devices = visible_devices()
+    if devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
+    folder.mkdir(parents=True, exist_ok=True)
+    log = (folder / f"worker-{number}.log").open("a", encoding="utf-8", buffering=1)
+    return _Searches(load_experiment(path), folder, Progress(log), threads)
+
+
+def visible_devices() -> list[str]:
+    """Return the names of the GPUs that this process may use."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        return [x for x in listed.split(",") if x]
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Let one process at a time open an arena: all share its timing, which wants it quiet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _slug(model: str) -> str:
+    """Return a model's name as a folder's."""
+    return re.sub(r"[^\w.-]+", "_", model).strip("_.")
+
+
+def _figures(arena: Arena, folder: RunFolder, progress: Progress) -> Figures:
+    """Return the figures of one search; `evaluations` are full ones, `plans` those scored."""
+    found = search(arena, arena.bench.config, folder, progress)
     ledger = Ledger(folder.path)
     return {
         "evaluations": found.equivalents,

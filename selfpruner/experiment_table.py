@@ -1,72 +1,92 @@
-"""What an experiment says: tables at equal evaluations and at equal tokens."""
+"""An experiment on the terminal: one Markdown table at equal evaluations, and the verdict."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any, Literal
 
-from selfpruner.cells import Row
+from evaluators.significance import mean_interval
+from selfpruner.experiment_study import Axis, Comparison, Study, read_off
+from selfpruner.notation import MISSING
 
-Unit = Literal["evaluations", "tokens"]
-
+COLUMNS = (
+    "arm",
+    "role",
+    "runs",
+    "fitness, fresh tokens",
+    "minus control, paired",
+    "p",
+    "p, Holm",
+    "fitness, search tokens",
+    "llm calls",
+    "llm tokens",
+    "fallbacks",
+    "duplicates",
+    "seconds",
+)
 _TOTALS = ("llm_calls", "llm_tokens", "fallbacks", "duplicates", "seconds")
 
 
-def tables(rows: Sequence[Row]) -> str:
-    """Return Markdown: one table at equal evaluations and, where an LLM took part, at equal tokens.
+def table(study: Study) -> str:
+    """Return Markdown: the arms at equal evaluations, best first, and whether the LLM helps.
 
     Equal means what the most frugal run spent in all; every run is read off at that point of its
-    course. Figures are means over seeds, with the standard deviation where there are several.
+    course. Figures are means over runs with their 95 % intervals.
     """
-    parts = [_table(rows, "evaluations", min(x["figures"]["evaluations"] for x in rows))]
-    asking = [x for x in rows if x["figures"]["llm_tokens"]]
-    if asking:
-        limit = min(x["figures"]["llm_tokens"] for x in asking)
-        parts.append(_table(asking, "tokens", limit))
-    return "\n\n".join(parts)
+    verdict = study.verdict()
+    compared = "no control" if study.control is None else f"the control is {study.control}"
+    return "\n".join([
+        f"At {study.limit:.7g} evaluations of every run, best first; {compared}:",
+        "",
+        *(f"| {' | '.join(row)} |" for row in (COLUMNS, ("---",) * len(COLUMNS), *lines(study))),
+        "",
+        verdict.headline,
+        *(f"- {reason}" for reason in verdict.reasons),
+    ])  # fmt: skip
 
 
-def _table(rows: Sequence[Row], unit: Unit, limit: float) -> str:
-    arms = list(dict.fromkeys(x["cell"]["arm"] for x in rows))
-    groups = {arm: [x["figures"] for x in rows if x["cell"]["arm"] == arm] for arm in arms}
-    order = sorted(arms, key=lambda arm: statistics.fmean(_values(groups[arm], unit, limit)))
-    # Read off before its end, a run's totals would mislead.
-    totals = _TOTALS if unit == "evaluations" else ()
-    columns = ["arm", "runs", "fitness, fresh tokens", "fitness, search tokens"]
-    columns += [name.replace("_", " ") for name in totals]
-    lines = [columns, ["---"] * len(columns)]
-    lines += [_line(arm, groups[arm], unit, limit, totals) for arm in order]
-    head = f"At {limit:.7g} {unit} of every run, best first:\n"
-    return "\n".join([head, *(f"| {' | '.join(x)} |" for x in lines)])
+def lines(study: Study) -> list[tuple[str, ...]]:
+    """Return a row of texts an arm, in the order of `COLUMNS`."""
+    found = study.comparisons(study.control) if study.control is not None else []
+    against = {x.arm: x for x in found}
+    rows = []
+    for arm in study.arms:
+        runs = list(study.figures(arm).values())
+        rows.append((
+            arm,
+            study.roles[arm],
+            str(len(runs)),
+            spread(list(study.values(arm).values())),
+            *_difference(against.get(arm)),
+            spread(list(study.values(arm, "fitness").values())),
+            *(f"{statistics.fmean(x[name] for x in runs):.0f}" for name in _TOTALS),
+        ))  # fmt: skip
+    return rows
 
 
-def _line(
-    arm: str, runs: list[dict[str, Any]], unit: Unit, limit: float, totals: Sequence[str]
-) -> list[str]:
-    return [
-        arm,
-        str(len(runs)),
-        _spread(_values(runs, unit, limit)),
-        _spread(_values(runs, unit, limit, "fitness")),
-        *(f"{statistics.fmean(x[name] for x in runs):.0f}" for name in totals),
-    ]
+def token_lines(study: Study) -> list[tuple[str, ...]]:
+    """Return (arm, runs, fitness on fresh tokens, on search tokens) at equal tokens of the LLM."""
+    axis: Axis = "tokens"
+    limit = study.token_limit
+    arms = list(dict.fromkeys(x["cell"]["arm"] for x in study.asking))
+    rows = []
+    for arm in arms if limit is not None else []:
+        steps = [read_off(x, axis, limit or 0) for x in study.figures(arm).values()]
+        fresh = [x["selection_fitness"] for x in steps]
+        row = (arm, str(len(steps)), spread(fresh), spread([x["fitness"] for x in steps]))
+        rows.append((statistics.fmean(fresh), row))
+    return [row for _, row in sorted(rows)]
 
 
-def _values(
-    runs: list[dict[str, Any]], unit: Unit, limit: float, name: str = "selection_fitness"
-) -> list[float]:
-    """Return the figure of every run's best plan at `limit`."""
-    return [_step(x["steps"], unit, limit)[name] for x in runs]
+def spread(values: Sequence[float]) -> str:
+    """Return the mean and, where there are several values, its 95 % interval."""
+    mean, interval = f"{statistics.fmean(values):.4f}", mean_interval(values)
+    return mean if interval is None else f"{mean} [{interval[0]:.4f}, {interval[1]:.4f}]"
 
 
-def _step(steps: list[dict[str, Any]], unit: Unit, limit: float) -> dict[str, Any]:
-    """Return the last improvement within the limit; the first plan where there is none."""
-    within = [x for x in steps if x[unit] <= limit]
-    return within[-1] if within else steps[0]
-
-
-def _spread(values: list[float]) -> str:
-    """Return the mean, with the standard deviation where there is one."""
-    mean = f"{statistics.fmean(values):.4f}"
-    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
+def _difference(found: Comparison | None) -> tuple[str, str, str]:
+    if found is None:
+        return MISSING, MISSING, MISSING
+    interval = found.interval
+    limits = "" if interval is None else f" [{interval[0]:+.4f}, {interval[1]:+.4f}]"
+    return f"{found.mean:+.4f}{limits}", f"{found.p:.3g}", f"{found.p_holm:.3g}"

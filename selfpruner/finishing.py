@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from agent import allocators
+from agent.candidate import Candidate
 from agent.graph import SearchResult
 from pruning.elastic import Prunable
 from pruning.plan import Plan
@@ -43,6 +44,7 @@ def finish(
             bench.family,
             prunable.orders(plan),
             bench.texts.calibrate,
+            target=bench.config.pruning.refit_target,
             batch_size=bench.config.evaluation.batch_size,
             on_layer=lambda _: advance(),
         )
@@ -51,11 +53,11 @@ def finish(
     return model if kept else sliced(prunable, plan), Refit(kept=kept, before=before, after=after)
 
 
-def best_on_fresh_tokens(found: SearchResult, selection: Fitness) -> tuple[Plan, float]:
+def best_on_fresh_tokens(found: SearchResult, selection: Fitness) -> tuple[Candidate, float]:
     """Return the finalist with the best fitness on fresh tokens, and that fitness."""
     scored = [(mean_fitness(selection, x.plan), i) for i, x in enumerate(found.finalists)]
     fitness, index = min(scored)
-    return found.finalists[index].plan, fitness
+    return found.finalists[index], fitness
 
 
 def mean_fitness(fitness: Fitness, plan: Plan) -> float:

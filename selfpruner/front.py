@@ -81,7 +81,8 @@ def _budget(arena: Arena, target: float) -> Budget:
 
 def _point(arena: Arena, target: float, found: SearchResult) -> FrontPoint:
     bench = arena.bench
-    plan, selected = best_on_fresh_tokens(found, arena.selection)
+    candidate, selected = best_on_fresh_tokens(found, arena.selection)
+    plan = candidate.plan
     return FrontPoint(
         target=target,
         achieved=bench.achieved(plan),

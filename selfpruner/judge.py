@@ -89,7 +89,7 @@ def difference(
         {name: score.correct for name, score in scores.items()} for scores in (dense, pruned)
     )
     found = compare(before, after, seed=seed)
-    return Difference(points=found.points, ci95=found.ci95)
+    return Difference(points=found.points, ci95=found.ci95, mcnemar=found.mcnemar)
 
 
 def speed_rows(

@@ -44,6 +44,13 @@ def signed(value: float, digits: int = 2) -> str:
     return ("−" if value < 0 else "+") + text  # noqa: RUF001
 
 
+def p_value(value: float | None) -> str:
+    """Return a probability with three decimals; a small one as `< 0.001`."""
+    if value is None:
+        return MISSING
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
 def times(ratio: float | None) -> str:
     """Return a ratio as a factor: `1.31×`."""  # noqa: RUF002
     return MISSING if ratio is None else f"{ratio:.2f}×"  # noqa: RUF001
@@ -79,6 +86,7 @@ FILTERS: dict[str, Callable[..., str]] = {
     "number": number,
     "percent": percent,
     "signed": signed,
+    "p_value": p_value,
     "times": times,
     "duration": duration,
 }

@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from agent.ledger import Ledger
+from evaluators.tasks import task_texts
 from pruning.elastic import Prunable
 from pruning.export import export, is_stock
 from pruning.plan import Plan
 from pruning.ranking import order_hash
 from selfpruner.arena import Arena
 from selfpruner.config import RunConfig
+from selfpruner.data import load_choice_items
 from selfpruner.finishing import best_on_fresh_tokens, control_models, finish
 from selfpruner.front import front
 from selfpruner.heap import share_heap
 from selfpruner.model_card import model_card
+from selfpruner.overlap import check_items
 from selfpruner.progress import Progress
 from selfpruner.report import write_report
 from selfpruner.run_folder import RunFolder
@@ -45,10 +48,12 @@ def compress(config: RunConfig, folder: RunFolder, progress: Progress) -> Path:
     check_words_and_drivers(config)
     bench = prepare(config, progress)
     _check_disk(bench, folder)
+    _check_items(config)
     arena = Arena.open(bench, folder, progress)
     found = search(arena, config, folder, progress)
     prunable, selection = arena.prunable, arena.selection
-    best, selected = best_on_fresh_tokens(found, selection)
+    selected, fitness = best_on_fresh_tokens(found, selection)
+    best = selected.plan
     points = front(arena, found, folder, progress) if config.front.targets else ()
     _write_plan(bench, prunable, best, folder)
     model, refitted = finish(bench, prunable, best, selection, progress)
@@ -56,7 +61,7 @@ def compress(config: RunConfig, folder: RunFolder, progress: Progress) -> Path:
     del prunable, selection, arena
     pruned = export(model, bench.tokenizer, folder.model, getattr(torch, config.export.dtype))
     _check_export(pruned, folder.model, bench)
-    outcome = Outcome(best, found, selected, refitted, controls, warnings, points)
+    outcome = Outcome(selected, found, fitness, refitted, controls, warnings, points)
     results = verdict(bench, pruned, outcome, Ledger(folder.path), progress)
     results.save(folder.results)
     card = model_card(results, is_stock(pruned))
@@ -79,6 +84,17 @@ def _check_disk(bench: Workbench, folder: RunFolder) -> None:
         raise ValueError(
             f"{folder}: {free / 1e6:.0f} MB are free, the pruned model needs {needed / 1e6:.0f} MB"
         )
+
+
+def _check_items(config: RunConfig) -> None:
+    """Refuse to search on items that are reported later.
+
+    Raises:
+        ValueError: one is; one line.
+    """
+    if config.data.choices and config.evaluation.tasks:
+        items = load_choice_items(config.data.choices, config.seed, config.data.root)
+        check_items(items, task_texts(config.evaluation.tasks))
 
 
 def _write_plan(bench: Workbench, prunable: Prunable, plan: Plan, folder: RunFolder) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import JsonValue
 
 from selfpruner import notation
-from selfpruner.results import NORMALISED, Results, SpeedRow, TaskNumbers
+from selfpruner.results import NORMALISED, Quality, Results, SpeedRow, TaskNumbers
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -29,7 +29,7 @@ def write_report(folder: Path) -> Path:
         ValueError: `results.json` is missing or departs from the schema.
     """
     results = Results.load(folder / "results.json")
-    page = _environment().get_template("report.html.j2")
+    page = page_environment().get_template("report.html.j2")
     text = page.render(
         results=results,
         run=folder.resolve().name,
@@ -38,13 +38,14 @@ def write_report(folder: Path) -> Path:
         origins=_origins(results),
         perplexities=_perplexities(results),
         tasks=_tasks(results),
+        resolution=_resolution(results.quality),
         kept=_kept(results),
         longest=max([*results.cost.stage_seconds.values(), 1e-9]),
         is_stock=_is_stock(folder, results),
         environment=_flat(results.environment),
         config=_text(folder / "config.yaml"),
     )
-    return _write(folder / "report.html", text)
+    return write_page(folder / "report.html", text)
 
 
 def write_comparison(folders: Sequence[Path], out: Path) -> Path:
@@ -67,17 +68,18 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
         if (dense := x.quality.dense.mean) is not None
         and (pruned := x.quality.pruned.mean) is not None
     ]
-    text = _environment().get_template("comparison.html.j2").render(
+    text = page_environment().get_template("comparison.html.j2").render(
         runs=runs,
         chart=comparison_chart(points),
         texts=_union(x.quality.pruned.perplexity for _, _, x in runs),
         phases={letter: _phases(x.speed.rows) for letter, _, x in runs},
         phase_names=_union(_phases(x.speed.rows) for _, _, x in runs),
     )  # fmt: skip
-    return _write(out, text)
+    return write_page(out, text)
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """Return what renders the templates of all pages; all text is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -91,7 +93,8 @@ def _environment() -> Environment:
     return environment
 
 
-def _write(path: Path, text: str) -> Path:
+def write_page(path: Path, text: str) -> Path:
+    """Write a page and return its path."""
     # newline: the same bytes on every system.
     path.write_text(text, encoding="utf-8", newline="\n")
     return path
@@ -171,6 +174,8 @@ def _perplexities(results: Results) -> list[tuple[str, list[_Row]]]:
 def _tasks(results: Results) -> list[dict[str, Any]]:
     """Return by task the cells acc, acc_norm and stderr, each `dense → pruned` in percent."""
     table = []
+    difference = results.quality.difference
+    p_values = (difference.mcnemar if difference is not None else None) or {}
     for name, after in results.quality.pruned.tasks.items():
         before = results.quality.dense.tasks.get(name)
         is_normalised = name in NORMALISED and after.acc_norm is not None
@@ -178,6 +183,7 @@ def _tasks(results: Results) -> list[dict[str, Any]]:
             "name": name,
             "n": after.n,
             "split": after.split,
+            "p": p_values.get(name),
             "cells": [
                 {"text": _change(before, after, field), "counts": counts}
                 for field, counts in (
@@ -186,6 +192,27 @@ def _tasks(results: Results) -> list[dict[str, Any]]:
             ],
         })  # fmt: skip
     return table
+
+
+def _resolution(quality: Quality) -> str | None:
+    """Return in words whether the sample of items tells the two models apart; None without."""
+    difference = quality.difference
+    if difference is None:
+        return None
+    size = f"{abs(difference.points):.2f} points"
+    if float(f"{difference.points:.2f}") == 0:
+        return "The mean has not moved."
+    items = sum(x.n for x in quality.pruned.tasks.values())
+    change = "drop" if difference.points < 0 else "gain"
+    if difference.is_resolved:
+        return (
+            f"The {change} of {size} is resolved by the {items:,} items: "
+            "its 95 % interval leaves out zero."
+        )
+    return (
+        f"The {change} of {size} is not resolved by the {items:,} items: its 95 % interval "
+        "includes zero, so more items are needed to tell it from none."
+    )
 
 
 def _change(before: TaskNumbers | None, after: TaskNumbers, field: str) -> str:

@@ -65,7 +65,9 @@ class SearchNumbers(Record):
 
     `evaluations` are plans scored, `equivalents` full evaluations charged for them (None in results
     of a version without racing). `llm_failures` are calls without a reply, `duplicates` replies
-    with a plan known already; `stopped` names the limit that ended the search.
+    with a plan known already; `stopped` names the limit that ended the search. `best_fitness` is
+    the lowest on search tokens; of the plan that was selected, `selected_fitness` is on search
+    tokens (None in files older than it) and `selection_fitness` on fresh ones.
     """
 
     allocator: str
@@ -81,6 +83,7 @@ class SearchNumbers(Record):
     fallbacks: NonNegativeInt
     stopped: str
     best_fitness: Finite
+    selected_fitness: Finite = None
     selection_fitness: Finite
     wall_seconds: NonNegativeFloat
 
@@ -111,10 +114,19 @@ class QualityNumbers(Record):
 
 
 class Difference(Record):
-    """Mean accuracy, pruned minus dense, paired by item, in percentage points."""
+    """Mean accuracy, pruned minus dense, paired by item, in percentage points.
+
+    `mcnemar` is the exact two-sided p value by task; None in files older than it.
+    """
 
     points: float
     ci95: Annotated[tuple[float, float], Field(strict=False)]
+    mcnemar: dict[str, Share] | None = None
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether the 95 % interval leaves out zero."""
+        return not self.ci95[0] <= 0 <= self.ci95[1]
 
 
 class Quality(Record):
@@ -267,7 +279,7 @@ class Results(Record):
     units_dense: Units
     history: Annotated[tuple[HistoryRow, ...], Field(strict=False)]
     generations: Annotated[tuple[GenerationRow, ...], Field(strict=False)]
-    front: Annotated[tuple[FrontPoint, ...], Field(strict=False)] = ()
+    front: Annotated[tuple[FrontPoint, ...], Field(strict=False)]
     controls: dict[str, Control]
     samples: Annotated[tuple[Sample, ...], Field(strict=False)]
     cost: Cost

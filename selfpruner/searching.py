@@ -14,6 +14,7 @@ from agent.graph import Event, SearchDrainedError, SearchResult, run_search
 from agent.ledger import Ledger
 from agent.state import SearchContext
 from prompts.library import load_strategy
+from pruning.elastic import ElasticModel
 from pruning.plan import Plan
 from selfpruner.arena import Arena
 from selfpruner.config import RunConfig
@@ -73,6 +74,7 @@ def _context(
     starts: Sequence[Plan],
 ) -> SearchContext:
     bench, asks = arena.bench, config.search.asks_llm
+    facts = arena.prunable.facts if isinstance(arena.prunable, ElasticModel) else None
     return SearchContext(
         settings=config.search,
         driver_settings=config.driver,
@@ -88,7 +90,10 @@ def _context(
         ledger=Ledger(folder.path),
         clock=time.monotonic,
         unit_latency=arena.speed.per_unit(bench.grid),
+        outliers=() if facts is None else facts.outliers,
+        unit_scores=() if facts is None else tuple(zip(facts.attention, facts.mlp, strict=True)),
         starts=starts,
+        model_name=config.model,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -60,16 +61,34 @@ class BudgetSettings(Settings):
 
 
 class PruningSettings(Settings):
-    """How units are ranked, removed and made up for."""
+    """How units are ranked, removed and made up for.
 
-    metric: Literal["magnitude", "random", "wanda_sp", "wifv"] = "wifv"
+    `ridge: auto` takes for each block the ridge with the least error on held-out calibration
+    tokens. `calibration: auto` doubles the calibration tokens of a frozen ranking, up to
+    `data.calibrate.tokens`, until that error falls by less than 1 %; the refit takes them all.
+    `refit_target` is what the refit of a block imitates: the dense residual stream, or the output
+    of the dense block.
+    """
+
+    metric: Literal["magnitude", "obs", "random", "wanda_sp", "wifv"] = "wifv"
     statistics: Literal["frozen", "sequential"] = "frozen"
+    calibration: Literal["all", "auto"] = "all"
     reconstruction: Literal["none", "bias", "least_squares"] = "least_squares"
-    ridge: Annotated[float, Field(gt=0)] = 0.1
+    ridge: float | Literal["auto"] = 0.1
     refit: bool = True
+    refit_target: Literal["stream", "block"] = "stream"
     step: Count = 32
     attention_unit: Literal["kv_group", "query_head"] = "kv_group"
     prune_attention: bool = True
+
+    @field_validator("ridge", mode="before")
+    @classmethod
+    def _number_or_auto(cls, ridge: object) -> object:
+        if ridge == "auto":
+            return ridge
+        if isinstance(ridge, int | float) and not isinstance(ridge, bool) and 0 < ridge < math.inf:
+            return ridge
+        raise ValueError(f"got {ridge!r}; allowed: auto or a number above 0")
 
 
 class TextSettings(Settings):

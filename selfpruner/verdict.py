@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from agent.candidate import Candidate
 from agent.graph import SearchResult
 from agent.ledger import Ledger
 from evaluators.memory import peak_resident_bytes
@@ -44,9 +45,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the search and the finishing came to."""
+    """What the search and the finishing came to.
 
-    plan: Plan
+    Attributes:
+        selected: the finalist that was taken; its fitness is on search tokens.
+        found: the search.
+        selection_fitness: of the selected plan, on fresh tokens.
+        refit: what the final refit did, None where it is off.
+        controls: simple plans within the same budget.
+        warnings: what the reader should know first.
+        front: the best plan of each budget, none where no further ones were asked for.
+    """
+
+    selected: Candidate
     found: SearchResult
     selection_fitness: float
     refit: Refit | None
@@ -83,14 +94,14 @@ def verdict(
         budget=BudgetNumbers(
             kind=bench.budget.kind,
             target=bench.budget.target,
-            achieved=bench.achieved(outcome.plan),
+            achieved=bench.achieved(outcome.selected.plan),
         ),
         recipe=bench.config.recipe,
         search=_search_numbers(bench.config, outcome),
         quality=quality,
         speed=Speed(rows=rows),
         memory=Memory(dense_bytes=sizes["dense"]["bytes"], pruned_bytes=sizes["pruned"]["bytes"]),
-        units=_units(outcome.plan),
+        units=_units(outcome.selected.plan),
         units_dense=Units(
             kv_groups=bench.architecture.kv_heads,
             q_per_group=bench.architecture.q_per_group,
@@ -104,7 +115,7 @@ def verdict(
         cost=Cost(stage_seconds=dict(progress.seconds), peak_memory_bytes=peak_resident_bytes()),
         refit=outcome.refit,
         warnings=outcome.warnings,
-        macs=_macs(bench, outcome.plan),
+        macs=_macs(bench, outcome.selected.plan),
         evaluation=_evaluation(bench),
         environment=json.loads(json.dumps(environment(bench.config.seed))),
     )
@@ -148,6 +159,7 @@ def _search_numbers(config: RunConfig, outcome: Outcome) -> SearchNumbers:
         fallbacks=found.fallbacks,
         stopped=found.stopped,
         best_fitness=found.best.fitness,
+        selected_fitness=outcome.selected.fitness,
         selection_fitness=outcome.selection_fitness,
         wall_seconds=found.seconds,
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
 from agent.projection import Space
 from pruning.architecture import Architecture
+from pruning.calibration import grown_calibration
 from pruning.elastic import ElasticModel, Prunable
 from pruning.elastic_layer import Recipe
 from pruning.families import Family, family_of
@@ -55,6 +56,11 @@ class Workbench:
         search = self.config.search
         return Space(self.grid, self.budget, search.min_rate, search.max_rate)
 
+    def proposing(self, config: RunConfig) -> Self:
+        """Return this bench for other settings of the search, the driver or the budget."""
+        budget = _budget(config, self.architecture, self.grid)
+        return replace(self, config=config, budget=budget)
+
     def achieved(self, plan: Plan) -> float:
         """Return what `plan` costs in the unit of the budget's target: a share, or a total."""
         cost = self.budget.cost(self.grid.levels(plan))
@@ -79,25 +85,33 @@ def prepare(config: RunConfig, progress: Progress) -> Workbench:
             config.pruning.attention_unit,
             config.pruning.prune_attention,
         )
-        dtype = resolved_dtype(config)
-        budget = Budget.of(
-            architecture,
-            grid,
-            config.budget.kind,
-            config.budget.target,
-            correction_biases=config.pruning.reconstruction != "none",
-            tokens=config.data.length,
-            bytes_per_weight=dtype.itemsize,
-        )
+        budget = _budget(config, architecture, grid)
         model, tokenizer = load(
             config.model,
-            dtype,
+            resolved_dtype(config),
             resolved_device(config),
             trust_remote_code=config.trust_remote_code,
         )
         family, architecture = family_of(model)
         texts = load_texts(config, tokenizer)
     return Workbench(config, model, tokenizer, family, architecture, grid, budget, texts)
+
+
+def _budget(config: RunConfig, architecture: Architecture, grid: Grid) -> Budget:
+    """Return what a plan may cost.
+
+    Raises:
+        ValueError: no plan is within it; one line.
+    """
+    return Budget.of(
+        architecture,
+        grid,
+        config.budget.kind,
+        config.budget.target,
+        correction_biases=config.pruning.reconstruction != "none",
+        tokens=config.data.length,
+        bytes_per_weight=resolved_dtype(config).itemsize,
+    )
 
 
 def rank(bench: Workbench, progress: Progress) -> tuple[Prunable, list[tuple[list[float], ...]]]:
@@ -119,15 +133,17 @@ def rank(bench: Workbench, progress: Progress) -> tuple[Prunable, list[tuple[lis
 
 def _ranked(bench: Workbench, progress: Progress) -> ElasticModel:
     tokens: Tensor = bench.texts.calibrate
+    batch_size = bench.config.evaluation.batch_size
+    dense = (bench.model, bench.family, bench.architecture)
     with progress.stage("calibrate", bench.architecture.layers) as advance:
+        if bench.config.pruning.calibration == "auto":
+            unit = bench.recipe.unit
+            grown = grown_calibration(*dense, tokens, unit, batch_size=batch_size)
+            return ElasticModel.of(
+                *dense, grown.statistics, bench.recipe, on_layer=lambda _: advance()
+            )
         return ElasticModel.rank(
-            bench.model,
-            bench.family,
-            bench.architecture,
-            tokens,
-            bench.recipe,
-            batch_size=bench.config.evaluation.batch_size,
-            on_layer=lambda _: advance(),
+            *dense, tokens, bench.recipe, batch_size=batch_size, on_layer=lambda _: advance()
         )
 
 

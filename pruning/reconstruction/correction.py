@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from pruning.reconstruction.damping import centred, damped_factor
 from pruning.statistics import BlockStatistics
 
 Reconstruction = Literal["none", "bias", "least_squares"]
@@ -76,9 +77,7 @@ class LeastSquaresCorrection:
     """
 
     def __init__(self, weight_ON: Tensor, statistics: BlockStatistics, ridge: float) -> None:
-        damped = centred(statistics).double()
-        damping = ridge * float(damped.diagonal().clamp_min(0).mean())
-        factor = _factor(damped, damping if damping > 0 else ridge)
+        factor = damped_factor(statistics, ridge)
         product = weight_ON.double() @ factor
         self.weight = weight_ON
         self._mean = statistics.mean.to(weight_ON)
@@ -87,7 +86,7 @@ class LeastSquaresCorrection:
         self._product = product.to(weight_ON.dtype)
         self._errors = _suffix_sums(product.square().sum(0))
 
-    def cut(self, kept: int) -> tuple[Tensor, Tensor | None]:
+    def cut(self, kept: int) -> tuple[Tensor, Tensor]:
         """Return the ridge solution on the first `kept` channels, and its bias."""
         if kept == self.weight.shape[1]:
             return self.weight, torch.zeros_like(self._mean_output)
@@ -118,12 +117,6 @@ def correction(
     raise ValueError(f"pruning.reconstruction: got {name!r}, allowed none, bias, least_squares")
 
 
-def centred(statistics: BlockStatistics) -> Tensor:
-    """Return the covariance E[x x'] - mu mu' (N, N) in the Gram matrix's dtype."""
-    mean = statistics.mean.to(statistics.gram)
-    return statistics.gram - torch.outer(mean, mean)
-
-
 def _suffix_sums(values_N: Tensor) -> Tensor:
     """Return sums over j >= k for k = 0..N (N + 1,), float64."""
     sums = values_N.double().flip(0).cumsum(0).flip(0)
@@ -138,19 +131,3 @@ def _suffix_energy(weight_ON: Tensor, moments_NN: Tensor) -> Tensor:
     products = (weight_ON.T.double() @ weight_ON.double()) * moments_NN.double()
     above = products.triu(1).sum(1)
     return _suffix_sums(products.diagonal() + 2 * above).clamp_min(0)
-
-
-def _factor(moments_NN: Tensor, damping: float) -> Tensor:
-    """Return L with L L' = moments + damping I; more damping where rounding ate the spread.
-
-    Raises:
-        ValueError: no damping helps: the moments are not finite.
-    """
-    for _ in range(12):
-        moments_NN.diagonal().add_(damping)
-        factor: Tensor
-        factor, failed = torch.linalg.cholesky_ex(moments_NN)
-        if not failed:
-            return factor
-        damping *= 9  # ten times as much in all
-    raise ValueError("calibration: the activations are not finite; try dtype: float32")

@@ -119,6 +119,7 @@ def scene(tmp_path: Path) -> Callable[..., SearchContext]:
             strategy=load_strategy(chosen.strategy),
             ledger=Ledger(folder or tmp_path / f"run{next(count)}"),
             clock=itertools.count().__next__,
+            model_name="makers/Tiny-1M",
         )
 
     return make

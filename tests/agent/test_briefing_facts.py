@@ -22,6 +22,7 @@ from prompts import library
 
 MARKS = {
     "sensitivity": "mlp error",
+    "model": "Model: Tiny-1M, 6 layers",
     "accuracy": "accuracy 50 %",
     "speedup": "speedup 1.25",
     "best": "Best so far: plan ",
@@ -129,7 +130,7 @@ def test_latency_that_was_not_measured_is_said(searched: SearchContext) -> None:
 def test_nothing_is_told_before_the_first_generation(searched: SearchContext) -> None:
     start = View(searched, 0, "moves", searched.first_plan)
     told = {name: facts.fact(start, name) for name in library.FACTS}
-    assert {x for x, text in told.items() if text} == {"latency", "remaining"}
+    assert {x for x, text in told.items() if text} == {"model", "latency", "remaining"}
     assert trajectory.history(start) == ""
     assert start.past == {}
 

@@ -193,13 +193,18 @@ def replies(
 
 
 def questions(
-    scene: Scene, folder: Path, strategy: str, granularity: str
+    scene: Scene, folder: Path, strategy: str, granularity: str, placebo: str = "none"
 ) -> tuple[SearchContext, list[Question[Any]]]:
     """Return one question of each operator, after a short search without an LLM."""
     past = scene(folder=folder, granularity=granularity, evaluations=20)
     run_search(past, folder / "checkpoints.sqlite")
     context = scene(
-        allocator="llm", replies=[], folder=folder, strategy=strategy, granularity=granularity
+        allocator="llm",
+        replies=[],
+        folder=folder,
+        strategy=strategy,
+        granularity=granularity,
+        placebo=placebo,
     )
     best = context.ledger.best(6)
     slots = [
@@ -221,12 +226,13 @@ def read(question: Question[Any], text: str) -> tuple[Any, str | None]:
         return None, str(error)
 
 
+@pytest.mark.parametrize("placebo", ["none", "layers", "fitness"])
 @pytest.mark.parametrize("granularity", ["block", "layer"])
 @pytest.mark.parametrize("strategy", ["paper", "moves"])
 def test_hostile_replies_are_refused_or_keep_the_budget(
-    scene: Scene, tmp_path: Path, strategy: str, granularity: str
+    scene: Scene, tmp_path: Path, strategy: str, granularity: str, placebo: str
 ) -> None:
-    context, asked = questions(scene, tmp_path / "run", strategy, granularity)
+    context, asked = questions(scene, tmp_path / "run", strategy, granularity, placebo)
     rng = random.Random(f"{strategy} {granularity}")
     schemas, known = [x.schema for x in asked], {x.id for x in context.ledger.candidates()}
     counts: Counter[str] = Counter()
@@ -282,11 +288,13 @@ class Hostile:
         pass
 
 
+@pytest.mark.parametrize("placebo", ["none", "layers", "fitness", "name"])
 @pytest.mark.parametrize("strategy", ["paper", "moves", "reflection"])
 def test_a_search_on_hostile_replies_ends_well_and_can_be_read_again(
-    scene: Scene, tmp_path: Path, strategy: str
+    scene: Scene, tmp_path: Path, strategy: str, placebo: str
 ) -> None:
-    context = scene(allocator="llm", replies=[], strategy=strategy, folder=tmp_path / "run")
+    settings = {"strategy": strategy, "placebo": placebo}
+    context = scene(allocator="llm", replies=[], folder=tmp_path / "run", **settings)
     result = run_search(replace(context, driver=Hostile()), tmp_path / "checkpoints.sqlite")
     assert (result.evaluations, result.stopped) == (40, "evaluations")
     assert result.fallbacks > 5

@@ -16,6 +16,7 @@ CASES = [
     ("moves", "layer"),
     ("paper", "block"),
     ("paper", "layer"),
+    ("knowledge", "block"),
 ]
 OPERATORS = ("generate", "select", "crossover", "mutate", "repair")
 

@@ -53,7 +53,9 @@ def without_seconds(ledger: Ledger) -> list[dict[str, Any]]:
     return [{**x.to_json(), "seconds": 0} for x in ledger.candidates()]
 
 
-@pytest.mark.parametrize("allocator", ["evolution", "genetic", "cma", "random", "random_seeded"])
+@pytest.mark.parametrize(
+    "allocator", ["evolution", "genetic", "guided", "cma", "random", "random_seeded"]
+)
 @pytest.mark.parametrize("granularity", ["block", "layer"])
 def test_classical_search_keeps_every_promise(
     scene: Scene, tmp_path: Path, allocator: str, granularity: str

@@ -20,6 +20,7 @@ from agent.settings import DriverSettings, RacingSettings, SearchSettings
         {"allocator": "magic"},
         {"llm_share": 1.5},
         {"llm_share": "guessed"},
+        {"placebo": "sugar"},
         {"seconds": float("nan")},
         {"min_rate": 0.5, "max_rate": 0.4},
         {"crossover": 0, "mutate": 0},

@@ -249,6 +249,7 @@ def smollm(looking: Looking) -> Callable[[str], SearchContext]:
         ("reasoning", 1100),
         ("history", 1100),
         ("reflection", 1100),
+        ("knowledge", 1100),
     ],
 )
 def test_prompts_of_thirty_layers_are_short(

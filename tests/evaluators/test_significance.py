@@ -6,7 +6,14 @@ import math
 import numpy as np
 import pytest
 
-from evaluators.significance import compare, mcnemar
+from evaluators.significance import (
+    compare,
+    holm,
+    mcnemar,
+    mean_interval,
+    sign_flip,
+    t_quantile,
+)
 
 
 @pytest.mark.parametrize(
@@ -76,3 +83,89 @@ def test_unpaired_items_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         compare(dense, pruned)
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ([1.0], 1.0),
+        ([1.0, 2.0, 3.0, 4.0, 5.0], 2 / 32),
+        ([-0.1] * 5, 2 / 32),
+        ([0.1] * 10, 2 / 1024),
+        # |sum| >= 2 of the eight sums of 1, 2 and 3 with signs: all but the two zeros.
+        ([1.0, -2.0, 3.0], 6 / 8),
+        # The sum 6 - 1 = 5 is reached or passed by +-7 and +-5.
+        ([1.0, 2.0, -1.0, 3.0], 6 / 16),
+        ([0.0, 0.0], 1.0),
+    ],
+)
+def test_sign_flip_by_hand(differences: list[float], expected: float) -> None:
+    assert sign_flip(differences) == pytest.approx(expected)
+
+
+def test_sign_flip_is_exact_up_to_its_limit_and_drawn_beyond() -> None:
+    assert sign_flip([0.3] * 16) == 2 / 2**16
+    assert sign_flip([0.3] * 40, draws=999) == 1 / 1000
+
+
+def test_drawn_sign_flips_agree_with_the_normal_limit() -> None:
+    rng = np.random.default_rng(3)
+    values = (rng.normal(size=200) + 0.12).tolist()
+    z = abs(sum(values)) / math.sqrt(sum(x * x for x in values))
+    assert sign_flip(values, seed=1) == pytest.approx(math.erfc(z / math.sqrt(2)), abs=0.01)
+    assert sign_flip(values, seed=1) == sign_flip(values, seed=1)
+
+
+def test_sign_flip_has_its_level_under_the_null_hypothesis() -> None:
+    rng = np.random.default_rng(0)
+    p_values = [sign_flip(rng.normal(size=8).tolist()) for _ in range(400)]
+    assert np.mean([p <= 0.05 for p in p_values]) == pytest.approx(12 / 256, abs=0.03)
+
+
+def test_sign_flip_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        sign_flip([])
+
+
+@pytest.mark.parametrize(
+    ("p_values", "adjusted"),
+    [
+        ((0.01, 0.04, 0.03), (0.03, 0.06, 0.06)),
+        ((0.02, 0.02, 0.02), (0.06, 0.06, 0.06)),
+        ((0.9, 0.001, 0.6), (1.0, 0.003, 1.0)),
+    ],
+)
+def test_holm_on_known_triples(
+    p_values: tuple[float, float, float], adjusted: tuple[float, float, float]
+) -> None:
+    found = holm(dict(zip("abc", p_values, strict=True)))
+    assert list(found) == ["a", "b", "c"]
+    assert tuple(found.values()) == pytest.approx(adjusted)
+    assert holm({}) == {}
+    assert holm({"a": 0.2}) == {"a": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("freedom", "expected"),
+    [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (9, 2.26216), (30, 2.04227)],
+)
+def test_t_quantiles_are_those_of_the_tables(freedom: int, expected: float) -> None:
+    assert t_quantile(0.975, freedom) == pytest.approx(expected, abs=1e-4)
+
+
+def test_t_quantile_tends_to_the_normal_one() -> None:
+    assert t_quantile(0.975, 100_000) == pytest.approx(1.95996, abs=1e-4)
+    assert t_quantile(0.5, 7) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_mean_interval_by_hand() -> None:
+    # Mean 2, standard deviation 1, three values: 4.30265 / sqrt(3).
+    assert mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.48414, 2 + 2.48414), abs=1e-4)
+    assert mean_interval([1.0]) is None
+
+
+def test_mean_intervals_cover_the_mean_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(1)
+    intervals = [mean_interval(rng.normal(5, 2, size=4).tolist()) for _ in range(600)]
+    covered = [x is not None and x[0] <= 5 <= x[1] for x in intervals]
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.03)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pruning.architecture import Architecture
-from pruning.metrics.registry import NAMES, channel_scores
+from pruning.metrics.registry import CHANNEL_METRICS, NAMES, channel_scores
+from pruning.output_projection import OutputProjection
 from pruning.ranking import (
     Order,
     UnitScores,
@@ -20,7 +21,8 @@ from pruning.ranking import (
     permuted,
     unit_scores,
 )
-from pruning.statistics import BlockStatistics, LayerStatistics
+from pruning.statistics import BlockStatistics
+from pruning.units import Units
 
 GENERATOR = torch.Generator().manual_seed(3)
 WEIGHT = torch.randn(5, 6, generator=GENERATOR, dtype=torch.float64)
@@ -31,8 +33,29 @@ def _statistics(x: Tensor) -> BlockStatistics:
     return BlockStatistics(len(x), x.mean(0), x.square().mean(0), x.T @ x / len(x), 1.0)
 
 
-def _layer(attention: Tensor, mlp: Tensor) -> LayerStatistics:
-    return LayerStatistics(_statistics(attention), _statistics(mlp))
+def _scores(name: str, weight: Tensor, x: Tensor, seed: int = 0) -> Tensor:
+    """The scores of single channels."""
+    units = Units(1, x.shape[1], 1)
+    return channel_scores(name, weight, _statistics(x), units, ridge=0.1, seed=seed)
+
+
+def _unit_scores(
+    metric: str,
+    output: Tensor,
+    attention: Tensor,
+    architecture: Architecture,
+    seed: int = 0,
+) -> UnitScores:
+    """The scores of a layer whose MLP is `WEIGHT` on `INPUTS`."""
+    units = Units.attention(architecture, "kv_group")
+    return unit_scores(
+        metric,
+        OutputProjection(output, _statistics(attention), units),
+        OutputProjection(WEIGHT, _statistics(INPUTS), Units.mlp(architecture)),
+        architecture,
+        ridges=(0.1, 0.1),
+        seed=seed,
+    )
 
 
 def _column(j: int) -> list[float]:
@@ -60,7 +83,7 @@ def _wifv(j: int) -> float:
     ("name", "oracle"), [("magnitude", _magnitude), ("wanda_sp", _wanda_sp), ("wifv", _wifv)]
 )
 def test_metric(name: str, oracle: Any) -> None:
-    scores = channel_scores(name, WEIGHT, _statistics(INPUTS), 0)
+    scores = _scores(name, WEIGHT, INPUTS)
     assert scores.dtype == torch.float64
     assert scores.tolist() == pytest.approx([oracle(j) for j in range(6)], rel=1e-10)
 
@@ -69,39 +92,38 @@ def test_wifv_ignores_constant_channels() -> None:
     """Whatever its size: a bias replaces it without loss."""
     x = INPUTS.clone()
     x[:, 2] = 1000.0
-    scores = channel_scores("wifv", WEIGHT, _statistics(x), 0)
+    scores = _scores("wifv", WEIGHT, x)
     assert scores.argmin() == 2
     assert float(scores[2]) < 1e-6 * float(scores[0])
-    assert channel_scores("wanda_sp", WEIGHT, _statistics(x), 0).argmax() == 2
+    assert _scores("wanda_sp", WEIGHT, x).argmax() == 2
 
 
-@pytest.mark.parametrize("name", ["magnitude", "wanda_sp", "wifv"])
+@pytest.mark.parametrize("name", CHANNEL_METRICS)
 def test_channels_without_a_column_score_nothing(name: str) -> None:
     weight = WEIGHT.clone()
     weight[:, 4] = 0
-    assert float(channel_scores(name, weight, _statistics(INPUTS), 0)[4]) == 0
+    assert float(_scores(name, weight, INPUTS)[4]) == 0
 
 
 def test_random_is_a_function_of_the_seed() -> None:
-    scores = [channel_scores("random", WEIGHT, _statistics(INPUTS), seed) for seed in (1, 1, 2)]
+    scores = [_scores("random", WEIGHT, INPUTS, seed) for seed in (1, 1, 2)]
     assert torch.equal(scores[0], scores[1])
     assert not torch.equal(scores[0], scores[2])
-    assert torch.equal(scores[0], channel_scores("random", 9 * WEIGHT, _statistics(INPUTS), 1))
+    assert torch.equal(scores[0], _scores("random", 9 * WEIGHT, INPUTS, 1))
     assert all(0 <= x < 1 for x in scores[0].tolist())
 
 
 def test_unknown_metric_names_the_known() -> None:
     message = f"^pruning.metric: got 'wanda', allowed {', '.join(NAMES)}$"
     with pytest.raises(ValueError, match=message):
-        channel_scores("wanda", WEIGHT, _statistics(INPUTS), 0)
+        _scores("wanda", WEIGHT, INPUTS)
 
 
 def test_groups_are_neighbouring_heads() -> None:
     """Head j scores j + 1, 32 heads in 8 groups: 10, 26, ..., 122 (a strided fold: 52 to 80)."""
     architecture = Architecture("llama", 1, 64, 32, 8, 2, 6, 100, False)
     per_channel = torch.arange(1, 33, dtype=torch.float64).repeat_interleave(2) / 2
-    layer = _layer(torch.ones(3, 64), torch.ones(3, 6))
-    scores = unit_scores("magnitude", per_channel.unsqueeze(0), WEIGHT, layer, architecture, 0)
+    scores = _unit_scores("magnitude", per_channel.unsqueeze(0), torch.ones(3, 64), architecture)
     assert scores.attention.tolist() == pytest.approx(list(range(10, 123, 16)))
     assert scores.heads.flatten().tolist() == pytest.approx(list(range(1, 33)))
     assert scores.mlp.tolist() == pytest.approx([_magnitude(j) for j in range(6)])
@@ -110,15 +132,14 @@ def test_groups_are_neighbouring_heads() -> None:
 def test_heads_sum_their_channels() -> None:
     """Two groups of one head of three channels: the sum of the channels' scores."""
     architecture = Architecture("llama", 1, 5, 2, 2, 3, 6, 100, False)
-    layer = _layer(INPUTS, INPUTS)
-    scores = unit_scores("wifv", WEIGHT, WEIGHT, layer, architecture, 0)
+    scores = _unit_scores("wifv", WEIGHT, INPUTS, architecture)
     expected = [sum(_wifv(j) for j in head) for head in ((0, 1, 2), (3, 4, 5))]
     assert scores.attention.tolist() == pytest.approx(expected)
 
 
 def test_random_blocks_are_independent() -> None:
     architecture = Architecture("llama", 1, 5, 6, 6, 1, 6, 100, False)
-    scores = unit_scores("random", WEIGHT, WEIGHT, _layer(INPUTS, INPUTS), architecture, 4)
+    scores = _unit_scores("random", WEIGHT, INPUTS, architecture, seed=4)
     assert scores.attention.tolist() != scores.mlp.tolist()
 
 

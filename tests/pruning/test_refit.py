@@ -178,14 +178,17 @@ def test_a_dense_copy_stays_put(make_model: Any, make_tokens: Any, fields: dict[
         assert torch.allclose(one, other, rtol=0, atol=1e-6)
 
 
-def _blocks(capture: Any, dense: Any, small: Any, tokens: Tensor) -> list[tuple[Array, Array]]:
+def _blocks(
+    capture: Any, dense: Any, small: Any, tokens: Tensor, target: str = "stream"
+) -> list[tuple[Array, Array]]:
     """For each block of the pruned model: its inputs, and what it should add to the stream."""
-    stream, pairs = small.model.embed_tokens(tokens).flatten(0, 1), []
+    stream = dense_stream = small.model.embed_tokens(tokens).flatten(0, 1)
+    pairs = []
     for seen, goal in zip(capture(small, tokens), capture(dense, tokens), strict=True):
         for inputs, after in (("attention", "after_attention"), ("mlp", "after_mlp")):
-            missing = goal.rows(after) - stream
+            missing = goal.rows(after) - (stream if target == "stream" else dense_stream)
             pairs.append((seen.rows(inputs).numpy(), missing.detach().numpy()))
-            stream = seen.rows(after)
+            stream, dense_stream = seen.rows(after), goal.rows(after)
     return pairs
 
 
@@ -195,17 +198,19 @@ def _outputs(small: Any) -> list[Any]:
     ]
 
 
+@pytest.mark.parametrize("target", ["stream", "block"])
 @pytest.mark.parametrize("reconstruction", ["none", "bias"])
 def test_every_block_is_the_direct_solution(
-    make_model: Any, rank: Any, make_tokens: Any, capture: Any, reconstruction: str
+    make_model: Any, rank: Any, make_tokens: Any, capture: Any, reconstruction: str, target: Any
 ) -> None:
-    """On the inputs and the stream of the refitted prefix, with the dense stream as the goal."""
+    """On the inputs of the refitted prefix; the goal is the dense stream or the dense block."""
     dense, small, orders = _pruned(make_model, rank, "llama", reconstruction)
     tokens, with_bias = make_tokens(16, 16), reconstruction == "bias"
     before = [linear.weight.detach().clone().numpy() for linear in _outputs(small)]
-    chosen = refit(small, dense, family_of(dense)[0], orders, tokens, batch_size=2)
+    family = family_of(dense)[0]
+    chosen = refit(small, dense, family, orders, tokens, target=target, batch_size=2)
     ridges = [ridge for pair in chosen for ridge in pair]
-    blocks = _blocks(capture, dense, small, tokens)
+    blocks = _blocks(capture, dense, small, tokens, target)
     for linear, (x, y), old, ridge in zip(_outputs(small), blocks, before, ridges, strict=True):
         expected = _direct(x, y, old, ridge, with_bias)
         assert np.allclose(linear.weight.detach(), expected[:, : x.shape[1]], rtol=0, atol=1e-6)

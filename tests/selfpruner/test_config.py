@@ -38,10 +38,18 @@ def write(tmp_path: Path) -> Write:
         ("zzz: 1", "unknown key zzz; allowed: model, recipe, seed"),
         (
             "pruning: {metric: wandas}",
-            "pruning.metric: got 'wandas'; allowed: 'magnitude', 'random', 'wanda_sp' or 'wifv'",
+            "pruning.metric: got 'wandas'; "
+            "allowed: 'magnitude', 'obs', 'random', 'wanda_sp' or 'wifv'",
         ),
-        ("pruning: {ridge: '0.1'}", "pruning.ridge: got '0.1'; allowed: a valid number"),
-        ("pruning: {ridge: 0}", "pruning.ridge: got 0; allowed: greater than 0"),
+        ("pruning: {ridge: '0.1'}", "pruning.ridge: got '0.1'; allowed: auto or a number above 0"),
+        ("pruning: {ridge: 0}", "pruning.ridge: got 0; allowed: auto or a number above 0"),
+        ("pruning: {ridge: true}", "pruning.ridge: got True; allowed: auto or a number above 0"),
+        ("pruning: {ridge: .inf}", "pruning.ridge: got inf; allowed: auto or a number above 0"),
+        ("pruning: {ridge: Auto}", "pruning.ridge: got 'Auto'; allowed: auto or a number above 0"),
+        (
+            "pruning: {refit_target: layer}",
+            "pruning.refit_target: got 'layer'; allowed: 'stream' or 'block'",
+        ),
         ("pruning: {refit: 1}", "pruning.refit: got 1; allowed: a valid boolean"),
         ("search: {population: 3.5}", "search.population: got 3.5"),
         ("evaluation: {samples: true}", "evaluation.samples: got True"),
@@ -57,7 +65,7 @@ def write(tmp_path: Path) -> Write:
         ("data: {report: [{tokens: 3}]}", "data.report.0.tokens: got 3; allowed: null or"),
         ("data: {calibrate: {source: wikitext2}}", "it is reported only"),
         ("data: {search: {source: passagse}}", "did you mean passages?"),
-        ("driver: {kind: none}", "driver.kind: got 'none'; search.allocator llm needs a driver"),
+        ("driver: {kind: none}", "driver.kind: got 'none'; search.allocator hybrid needs a driver"),
         ("search: {min_rate: 0.95}", "search.min_rate: got 0.95"),
         ("recipe: bset", "recipe: got 'bset'; allowed: best, flap, self_pruner, wanda_sp"),
         ("model: n", "line 2: key model given twice"),
@@ -134,6 +142,8 @@ def test_a_recipe_may_be_a_path_but_may_not_choose_the_model(tmp_path: Path, wri
     recipe = tmp_path / "own.yaml"
     recipe.write_text("pruning: {ridge: 0.5}", encoding="utf-8")
     assert load_config(write(f"model: m\nrecipe: {recipe}")).pruning.ridge == 0.5
+    recipe.write_text("pruning: {ridge: auto}", encoding="utf-8")
+    assert load_config(write(f"model: m\nrecipe: {recipe}")).pruning.ridge == "auto"
     recipe.write_text("model: other", encoding="utf-8")
     with pytest.raises(ValueError, match="model is not allowed in a recipe"):
         load_config(write(f"model: m\nrecipe: {recipe}"))

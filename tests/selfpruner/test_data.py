@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,10 @@ class WordTokenizer:
         del verbose
         ids = [self.words.setdefault(word, len(self.words) + 2) for word in text.split()]
         return {"input_ids": [0, *ids] if add_special_tokens else ids}
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        names = {i: word for word, i in self.words.items()}
+        return " ".join(names.get(i, "|") for i in token_ids)
 
     def documents(self, windows: torch.Tensor) -> set[str]:
         names = {i: word for word, i in self.words.items()}

@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from selfpruner.cells import run_cells
 from selfpruner.config import CONFIGS
-from selfpruner.experiment import load_experiment
-from selfpruner.experiment_table import tables
+from selfpruner.experiment import cells_of, digest_of, visible_devices
+from selfpruner.experiment_config import load_experiment
 
 
 def test_the_shipped_experiments_are_valid() -> None:
     files = sorted((CONFIGS / "experiments").glob("*.yaml"))
     assert files
     for file in files:
-        assert len(load_experiment(file).arms) > 1
+        assert len(load_experiment(file).runs) > 1
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,17 @@ def test_the_shipped_experiments_are_valid() -> None:
         ("base: b.yaml\narms: {}", "arms: "),
         ("arms: {a: {}}", "base: not given"),
         ("base: b.yaml\narms: {a: {}}\nsedes: [1]", "unknown key sedes; did you mean seeds?"),
+        ("base: b.yaml\narms: {a: {}}\nroles: {b: llm}", "roles: got b; allowed: a"),
+        ("base: b.yaml\narms: {a: {}}\nroles: {a: oracle}", "roles.a: got 'oracle'; allowed: "),
+        ("base: b.yaml\narms: {a: {}}\ncontrol: b", "control: got b; allowed: a"),
+        ("base: b.yaml\narms: {a: {}}\nseeds: [1, 1]", "seeds: each may stand once"),
+        ("base: b.yaml\narms: {a/b: {}}", "arms.a/b: allowed: letters, digits"),
+        ("base: b.yaml\narms: {a: {}}\nbudgets: [{watts: 1}]", "unknown key budgets.0.watts"),
+        (
+            "base: b.yaml\nmatrix: {search.x: [p], model: [q]}",
+            "arms.p-q: got model; allowed: names",
+        ),
+        ("base: b.yaml\narms: {p: {}}\nmatrix: {search.allocator: [p]}", "makes the arm p, which"),
     ],
 )
 def test_a_wrong_experiment_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -61,39 +73,110 @@ def test_finished_cells_are_not_run_again(tmp_path: Path) -> None:
         run_cells(path, cells, figures)
 
 
-def _row(arm: str, seed: int, tokens: int, steps: list[tuple[int, int, float]]) -> dict[str, Any]:
-    names = ("evaluations", "tokens", "fitness")
-    return {
-        "cell": {"arm": arm, "seed": seed},
-        "figures": {
-            "evaluations": 10,
-            "llm_calls": 3,
-            "llm_tokens": tokens,
-            "fallbacks": 1,
-            "duplicates": 0,
-            "seconds": 2.0,
-            "steps": [
-                dict(zip(names, x, strict=True)) | {"selection_fitness": x[2] + 1} for x in steps
-            ],
-        },
+def _experiment(folder: Path, **parts: Any) -> Path:
+    """Return an experiment file beside a base."""
+    base = {"model": "m", "driver": {"kind": "embedded"}, "data": {"choices": 0}}
+    (folder / "base.yaml").write_text(yaml.safe_dump(base))
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump({"base": "base.yaml", **parts}))
+    return path
+
+
+def test_cells_are_seed_by_seed_with_all_arms_models_and_budgets(tmp_path: Path) -> None:
+    path = _experiment(
+        tmp_path,
+        seeds=[4, 7],
+        models=["a", "b"],
+        budgets=[{"parameters": 0.7}, {"macs": 0.5}],
+        arms={"one": {"search.allocator": "random"}},
+        matrix={"search.allocator": ["genetic", "llm"], "search.population": [8, 16]},
+    )
+    plan = load_experiment(path)
+    assert list(plan.runs) == ["one", "genetic-8", "genetic-16", "llm-8", "llm-16"]
+    assert plan.runs["llm-16"].search.population == 16
+    cells = cells_of(plan)
+    assert len(cells) == len({json.dumps(x) for x in cells}) == 2 * 2 * 2 * 5
+    assert [x["seed"] for x in cells] == [4] * 20 + [7] * 20
+    assert [x["model"] for x in cells[:20]] == ["a"] * 10 + ["b"] * 10
+    assert [x["budget"] for x in cells[:10]] == ["parameters=0.7"] * 5 + ["macs=0.5"] * 5
+    assert [x["arm"] for x in cells[:5]] == list(plan.runs)
+
+
+def test_without_models_and_budgets_those_of_the_base_serve(tmp_path: Path) -> None:
+    cells = cells_of(load_experiment(_experiment(tmp_path, seeds=[0], arms={"a": {}})))
+    assert [(x["model"], x["budget"]) for x in cells] == [("m", "parameters=0.7")]
+
+
+def test_a_digest_knows_what_was_set_and_nothing_of_defaults(tmp_path: Path) -> None:
+    arms: dict[str, Any] = {
+        "plain": {},
+        "default": {"search.population": 12},
+        "other": {"search.population": 13},
+        "worded": {"search.strategy": "paper"},
+        "classical": {"search.allocator": "random"},
+        "classical_worded": {"search.allocator": "random", "search.strategy": "paper"},
     }
+    runs = load_experiment(_experiment(tmp_path, arms=arms)).runs
+    digests = {arm: digest_of(run) for arm, run in runs.items()}
+    assert digests["plain"] == digests["default"]
+    assert len(set(digests.values())) == 5
+    elsewhere = runs["plain"].model_copy(update={"model": "n"})
+    assert digest_of(elsewhere) == digests["plain"]  # a cell names its model
 
 
-def test_tables_read_every_run_off_at_the_same_point() -> None:
-    rows = [
-        _row("wordy", 0, 900, [(1, 100, 0.9), (5, 450, 0.5), (9, 900, 0.1)]),
-        _row("wordy", 1, 800, [(1, 100, 0.9), (5, 450, 0.7), (9, 800, 0.3)]),
-        _row("terse", 0, 500, [(1, 50, 0.8), (10, 500, 0.4)]),
-        _row("evolution", 0, 0, [(1, 0, 0.9), (10, 0, 0.6)]),
-    ]
-    evaluations, tokens = tables(rows).split("\n\nAt ")
-    assert evaluations.startswith("At 10 evaluations")
-    assert tokens.startswith("500 tokens")
-    assert "evolution" not in tokens
-    lines = {x.split(" | ")[0].strip("| "): x for x in evaluations.splitlines()[4:]}
-    assert list(lines) == ["wordy", "terse", "evolution"]
-    assert "| 1.2000 ± 0.1414 | 0.2000 ± 0.1414 |" in lines["wordy"]
-    lines = {x.split(" | ")[0].strip("| "): x for x in tokens.splitlines()[4:]}
-    assert list(lines) == ["terse", "wordy"]
-    assert "| 1.6000 ± 0.1414 |" in lines["wordy"]
-    assert lines["terse"] == "| terse | 1 | 1.4000 | 0.4000 |"
+def test_a_digest_outlives_a_setting_that_is_added(tmp_path: Path) -> None:
+    run = load_experiment(_experiment(tmp_path, arms={"a": {}})).runs["a"]
+
+    class Later(type(run)):  # type: ignore[misc]
+        novelty: int = 3
+
+    later = Later.model_validate(run.model_dump())
+    assert digest_of(later) == digest_of(run)
+    assert digest_of(later.model_copy(update={"novelty": 4})) != digest_of(run)
+
+
+def test_roles_are_told_from_the_search_or_declared(tmp_path: Path) -> None:
+    arms = {
+        "genetic": {"search.allocator": "genetic"},
+        "moves": {},
+        "shared": {"search.allocator": "hybrid"},
+        "shared_none": {"search.allocator": "hybrid", "search.llm_share": 0.0},
+        "fake": {"search.strategy": "paper"},
+    }
+    plan = load_experiment(_experiment(tmp_path, arms=arms, roles={"fake": "placebo"}))
+    assert plan.roles == {
+        "genetic": "classical",
+        "moves": "llm",
+        "shared": "llm",
+        "shared_none": "classical",
+        "fake": "placebo",
+    }
+    # No twin of any arm: it counts against all of them.
+    assert plan.placebos == {"moves": ("fake",), "shared": ("fake",)}
+
+
+def test_a_placebo_belongs_to_the_arm_that_it_copies(tmp_path: Path) -> None:
+    arms: dict[str, Any] = {
+        "moves": {},
+        "paper": {"search.strategy": "paper"},
+        "moves_fake": {},
+        "paper_fake": {"search.strategy": "paper"},
+    }
+    roles = {"moves_fake": "placebo", "paper_fake": "placebo"}
+    plan = load_experiment(_experiment(tmp_path, arms=arms, roles=roles))
+    assert plan.placebos == {"moves": ("moves_fake",), "paper": ("paper_fake",)}
+
+
+def test_workers_share_out_the_gpus_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert visible_devices() == ["3", "5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_devices() == []
+
+
+def test_the_recorded_cells_name_the_arms_of_the_shipped_experiments() -> None:
+    for file in sorted((CONFIGS / "experiments").glob("*.yaml")):
+        recorded = CONFIGS.parent / "benchmarks" / "results" / f"{file.stem}.jsonl"
+        named = [{**x, "settings": ""} for x in cells_of(load_experiment(file))]
+        for line in recorded.read_text().splitlines() if recorded.exists() else []:
+            assert {**json.loads(line)["cell"], "settings": ""} in named

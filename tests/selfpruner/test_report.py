@@ -168,6 +168,30 @@ def test_a_bare_run_still_has_a_report(tmp_path: Path) -> None:
     assert "None" not in text
 
 
+@pytest.mark.parametrize(
+    ("points", "ci95", "words"),
+    [
+        (-4.32, [-8.75, 1.61], "The drop of 4.32 points is not resolved by the 280 items"),
+        (-4.32, [-8.75, -0.61], "The drop of 4.32 points is resolved by the 280 items"),
+        (2.5, [1.0, 4.0], "The gain of 2.50 points is resolved by the 280 items"),
+        (0.001, [-1.0, 1.0], "The mean has not moved."),
+    ],
+)
+def test_the_report_says_whether_the_sample_resolves_the_drop(
+    tmp_path: Path, points: float, ci95: list[float], words: str
+) -> None:
+    data = _sample()
+    data["quality"]["difference"].update(points=points, ci95=ci95)
+    assert words in _visible(_page(tmp_path / "run", data))
+
+
+def test_a_report_of_results_without_p_values_shows_dashes(tmp_path: Path) -> None:
+    data = _sample()
+    del data["quality"]["difference"]["mcnemar"]
+    text = " ".join(_visible(_page(tmp_path / "run", data)).split())
+    assert text.count("\N{EN DASH} 40 ") == len(data["quality"]["pruned"]["tasks"])
+
+
 def test_many_heads_and_wild_fitness_are_drawn(tmp_path: Path) -> None:
     data = _sample()
     data["units_dense"] = {"kv_groups": 8, "q_per_group": 8, "mlp_channels": 28672}

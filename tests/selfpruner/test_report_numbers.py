@@ -41,13 +41,15 @@ def _quality_texts(quality: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"{side} mean", f"{100 * quality[side]['mean']:.2f} %"
     for value in (quality["difference"]["points"], *quality["difference"]["ci95"]):
         yield "difference", f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+    for name, value in quality["difference"]["mcnemar"].items():
+        yield f"p of {name}", f"{value:.3f}"
 
 
 def _search_texts(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for key in ("evaluations", "llm_calls", "llm_tokens", "fallbacks"):
         yield key, f"{data['search'][key]:,}"
     yield "equivalents", f"{data['search']['equivalents']:.1f}"
-    for key in ("best_fitness", "selection_fitness"):
+    for key in ("best_fitness", "selected_fitness", "selection_fitness"):
         yield key, f"{data['search'][key]:.4f}"
     for row in data["generations"]:
         yield (

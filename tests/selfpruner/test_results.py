@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from selfpruner.results import NORMALISED, Results
+from selfpruner.results import NORMALISED, Difference, Results
 
 SAMPLE = Path(__file__).parent / "results_sample.json"
 
@@ -73,6 +73,7 @@ def test_every_top_level_key_is_required(tmp_path: Path, key: str) -> None:
         (("speed", "rows", 0, "speedup"), 0.0),
         (("budget", "kind"), "watts"),
         (("quality", "difference", "ci95"), [1.0]),
+        (("quality", "difference", "mcnemar", "boolq"), 1.5),
         (("units",), []),
     ],
 )
@@ -134,3 +135,24 @@ def test_uniform_plan_is_recognised() -> None:
     assert not Results.model_validate(data).is_uniform
     data["units"] = [{**data["units"][0], "layer": i} for i in range(4)]
     assert Results.model_validate(data).is_uniform
+
+
+def test_results_older_than_a_field_still_load(tmp_path: Path) -> None:
+    data = _sample()
+    del data["quality"]["difference"]["mcnemar"], data["search"]["selected_fitness"]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(data), encoding="utf-8")
+    results = Results.load(path)
+    assert results.quality.difference is not None
+    assert results.quality.difference.mcnemar is None
+    assert results.search.selected_fitness is None
+
+
+@pytest.mark.parametrize(
+    ("ci95", "is_resolved"),
+    [((-8.0, -0.1), True), ((-8.0, 0.0), False), ((-1.0, 2.0), False), ((0.5, 2.0), True)],
+)
+def test_a_difference_is_resolved_where_its_interval_leaves_out_zero(
+    ci95: tuple[float, float], is_resolved: bool
+) -> None:
+    assert Difference(points=-1.0, ci95=ci95).is_resolved is is_resolved

@@ -1,0 +1,138 @@
+"""Who makes a proposal, the LLM or the classical operator: a fixed share, or one that is learned.
+
+A learned share is a bandit of two arms (Thompson sampling with discounted Beta posteriors,
+Raj and Kalyani, arXiv 1707.09727). All it knows is the candidates of earlier generations and a
+seed, so a resumed search decides as the first one did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from agent.candidate import Candidate
+from agent.population import generator
+
+Arm = Literal["llm", "classical"]
+Share = float | Literal["learned"]
+
+FLOOR = 0.1
+"""Least probability of either arm: both go on being tried."""
+
+_DISCOUNT = 0.9  # what a proposal counts less with every generation that passed
+_TIE = 0.01  # success rates as near as this are equal, and the fewer tokens decide
+_STREAM = 6_011  # keeps these draws apart from those of the operators
+_ROUNDING = 1e-9
+_ORDER: tuple[Arm, Arm] = ("llm", "classical")
+_ARM_OF: dict[str, Arm] = {
+    "llm": "llm",
+    "llm_repaired": "llm",
+    "fallback": "llm",
+    "classical": "classical",
+}
+
+
+@dataclass(frozen=True)
+class Belief:
+    """What is believed of an arm: its success rate is Beta(1 + successes, 1 + failures).
+
+    Attributes:
+        successes, failures: discounted sums of rewards and of what they fell short of 1.
+        tokens: of the LLM per proposal, a plain mean; 0 before the first one.
+    """
+
+    successes: float = 0.0
+    failures: float = 0.0
+    tokens: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        """Expected success rate, 0 to 1."""
+        return (1 + self.successes) / (2 + self.successes + self.failures)
+
+
+def asks_llm(
+    candidates: Sequence[Candidate], seed: int, generation: int, slot: int, share: Share
+) -> bool:
+    """Return whether the LLM is asked for proposal number `slot` of one operator.
+
+    Args:
+        candidates: of the ledger; only those of generations before `generation` count.
+        seed: of the search.
+        generation: of the proposal.
+        slot: number among the proposals of its operator, from 0.
+        share: of proposals that the LLM is asked for: 0 to 1, spread evenly over slots alike in
+            every generation, or `learned`.
+    """
+    if share == "learned":
+        return _drawn(beliefs(candidates, generation), seed, generation, slot) == "llm"
+    classical = 1 - share
+    return int((slot + 1) * classical + _ROUNDING) == int(slot * classical + _ROUNDING)
+
+
+def beliefs(candidates: Sequence[Candidate], generation: int) -> dict[Arm, Belief]:
+    """Return what the generations before `generation` say of both arms.
+
+    A fallback counts for the LLM, which was asked. Proposals of the first generation have nothing
+    to improve on and do not count.
+    """
+    past = {x.id: x for x in candidates if x.generation < generation}
+    best = _best_before(past)
+    made: dict[Arm, list[tuple[float, float, int]]] = {arm: [] for arm in _ORDER}
+    for candidate in past.values():
+        arm = _ARM_OF.get(candidate.origin)
+        if arm is not None and candidate.generation in best:
+            weight = _DISCOUNT ** (generation - 1 - candidate.generation)
+            value = reward(candidate, past, best[candidate.generation])
+            made[arm].append((weight, value, candidate.tokens))
+    return {arm: _belief(rows) for arm, rows in made.items()}
+
+
+def reward(candidate: Candidate, past: Mapping[int, Candidate], best: float) -> float:
+    """Return 1 for a proposal better than `best`, 1/2 for one better than its parents, else 0.
+
+    Ranks rather than differences, so that neither the scale of the fitness nor its flattening
+    late in a search matters. A fallback is 0: the LLM brought no plan.
+
+    Args:
+        candidate: the proposal.
+        past: candidates by id, its parents among them.
+        best: lowest fitness before its generation.
+    """
+    if candidate.origin == "fallback":
+        return 0.0
+    if candidate.fitness < best:
+        return 1.0
+    parents = [past[i].fitness for i in candidate.parents if i in past]
+    return 0.5 if parents and candidate.fitness < min(parents) else 0.0
+
+
+def _best_before(past: Mapping[int, Candidate]) -> dict[int, float]:
+    """Return the lowest fitness before each generation that has an earlier one."""
+    lowest: dict[int, float] = {}
+    for x in past.values():
+        lowest[x.generation] = min(x.fitness, lowest.get(x.generation, x.fitness))
+    numbers = sorted(lowest)
+    return {n: min(lowest[m] for m in numbers[:i]) for i, n in enumerate(numbers) if i}
+
+
+def _belief(rows: Sequence[tuple[float, float, int]]) -> Belief:
+    """Return the belief after proposals of `(weight, reward, tokens)`."""
+    return Belief(
+        successes=sum(weight * value for weight, value, _ in rows),
+        failures=sum(weight * (1 - value) for weight, value, _ in rows),
+        tokens=sum(tokens for _, _, tokens in rows) / max(len(rows), 1),
+    )
+
+
+def _drawn(known: Mapping[Arm, Belief], seed: int, generation: int, slot: int) -> Arm:
+    """Return the arm of the larger draw from the posteriors; now and then either arm."""
+    rng = generator(seed, generation, slot, _STREAM)
+    chance = rng.random()
+    if chance < 2 * FLOOR:
+        return "llm" if chance < FLOOR else "classical"
+    beta = [rng.beta(1 + known[arm].successes, 1 + known[arm].failures) for arm in _ORDER]
+    if abs(beta[0] - beta[1]) <= _TIE:
+        return min(_ORDER, key=lambda arm: known[arm].tokens)
+    return _ORDER[0] if beta[0] > beta[1] else _ORDER[1]

@@ -1,0 +1,184 @@
+"""Metric, ridge, amount of calibration and target of the refit: perplexity on held-out text.
+
+    python -m benchmarks.ranking [--data-root DIR]
+
+Report 32,768 tokens at length 512. Without a data folder all text is the packaged passages,
+disjoint documents; with one, calibration is C4 and the report WikiText-2 test. Each row has the
+heuristic plan on its own least-squares cut errors. Not every combination: each question has its
+rows, the others at what was best before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from dataclasses import replace
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from agent import allocators
+from evaluators.perplexity import window_losses
+from pruning.elastic import ElasticModel
+from pruning.elastic_layer import Recipe
+from pruning.plan import Budget, Plan
+from pruning.reconstruction.ridge import Ridge
+from pruning.refit import refit
+from pruning.slicing import sliced
+from pruning.statistics import LayerStatistics, stream_statistics
+from selfpruner.cells import Cell, Row, run_cells
+from selfpruner.config import RunConfig
+from selfpruner.progress import Progress
+from selfpruner.workbench import Workbench, prepare, quiet_libraries
+
+RESULTS = Path(__file__).parent / "results" / "ranking.jsonl"
+LENGTH = 512
+FEW, USUAL, MANY = 16_384, 65_536, 131_072
+SHARES = (0.7, 0.5)
+BATCH = 8
+
+# (calibration tokens, metric, ridge, share, refit)
+QUESTIONS: list[tuple[int, str, Ridge, float, str]] = [
+    # Which metric?
+    *(
+        (USUAL, metric, 0.1, share, "none")
+        for metric in ("wifv", "obs", "wanda_sp", "magnitude")
+        for share in SHARES
+    ),
+    # Which ridge, on many tokens and on few?
+    *((USUAL, metric, "auto", share, "none") for metric in ("wifv", "obs") for share in SHARES),
+    *((FEW, "wifv", ridge, 0.7, "none") for ridge in (0.1, "auto")),
+    # What is left of it after the refit, on which target, and on how many tokens?
+    *((USUAL, metric, 0.1, share, "stream") for metric in ("wifv", "obs") for share in SHARES),
+    (USUAL, "wifv", 0.1, 0.7, "block"),
+    (FEW, "wifv", 0.1, 0.7, "stream"),
+    (MANY, "wifv", 0.1, 0.7, "none"),
+    (MANY, "wifv", 0.1, 0.7, "stream"),
+]
+
+
+def main() -> None:
+    """Run the cells that are missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data-root", default=None)
+    root = parser.parse_args().data_root
+    torch.manual_seed(0)
+    quiet_libraries()
+    texts = "passages" if root is None else "c4, wikitext2"
+    names = ("tokens", "metric", "ridge", "share", "refit")
+    cells = [{"texts": texts, **dict(zip(names, row, strict=True))} for row in QUESTIONS]
+    bench = cache(lambda: _bench(root))
+    measured = lru_cache(1)(lambda tokens: _statistics(bench(), tokens))
+
+    @lru_cache(1)
+    def ranked(tokens: int, metric: str, ridge: Ridge) -> ElasticModel:
+        return ElasticModel.of(
+            bench().model,
+            bench().family,
+            bench().architecture,
+            measured(tokens),
+            Recipe(metric, "least_squares", ridge),
+        )
+
+    def figures(cell: Cell) -> dict[str, Any]:
+        elastic = ranked(cell["tokens"], cell["metric"], cell["ridge"])
+        return _figures(cell, bench(), elastic)
+
+    # Cells of one ranking go together: statistics and rankings are kept one at a time.
+    cells.sort(key=lambda cell: (cell["tokens"], cell["metric"], str(cell["ridge"])))
+    print(_table(run_cells(RESULTS, cells, figures)))
+
+
+def _table(rows: list[Row]) -> str:
+    """Return perplexities, and log perplexities minus those of what was the default, paired."""
+    lines = [
+        "| kept | refit | tokens | metric | ridge | perplexity | log perplexity minus wifv, 0.1 |",
+        "|---:|---|---:|---|---:|---:|---:|",
+    ]
+    before = {"tokens": USUAL, "metric": "wifv", "ridge": 0.1, "refit": "none"}
+    for row in sorted(rows, key=lambda x: (-x["cell"]["share"], x["cell"]["refit"])):
+        cell, losses = row["cell"], row["figures"]["losses"]
+        rival = next(x for x in rows if x["cell"] == {**cell, **before})
+        gaps = [a - b for a, b in zip(losses, rival["figures"]["losses"], strict=True)]
+        error = statistics.stdev(gaps) / math.sqrt(len(gaps))
+        lines.append(
+            f"| {cell['share']} | {cell['refit']} | {cell['tokens']} | {cell['metric']} | "
+            f"{cell['ridge']} | {row['figures']['perplexity']:.2f} | "
+            f"{statistics.fmean(gaps):+.4f} ± {error:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def _bench(root: str | None) -> Workbench:
+    source = "passages" if root is None else "c4"
+    report = "passages" if root is None else "wikitext2"
+    config = RunConfig.model_validate(
+        {
+            "model": "smollm2-135m-instruct",
+            "data": {
+                "root": root,
+                "length": LENGTH,
+                "calibrate": {"source": source, "tokens": MANY},
+                "search": {"source": source, "tokens": LENGTH},
+                "select": {"source": source, "tokens": LENGTH},
+                "report": [{"source": report, "tokens": 32_768, "length": LENGTH}],
+            },
+        }
+    )
+    return prepare(config, Progress())
+
+
+def _calibration(bench: Workbench, tokens: int) -> Tensor:
+    """Return the first windows of the calibration text, `tokens` tokens in all."""
+    windows: Tensor = bench.texts.calibrate[: tokens // LENGTH]
+    return windows
+
+
+def _statistics(bench: Workbench, tokens: int) -> list[LayerStatistics]:
+    """Return the statistics of all layers: one dense pass for every ranking on these tokens."""
+    text = _calibration(bench, tokens)
+    return list(stream_statistics(bench.model, bench.family, text, BATCH, hold_out=True))
+
+
+def _plan(bench: Workbench, elastic: ElasticModel, share: float) -> Plan:
+    """Return the heuristic plan on the model's own least-squares cut errors."""
+    budget = Budget.of(bench.architecture, bench.grid, "parameters", share)
+    errors = [layer.cut_errors(bench.grid) for layer in elastic.layers]
+    return bench.grid.plan(allocators.heuristic(replace(bench, budget=budget).space, errors))
+
+
+def _figures(cell: Cell, bench: Workbench, elastic: ElasticModel) -> dict[str, Any]:
+    plan = _plan(bench, elastic, cell["share"])
+    model = sliced(elastic, plan)
+    if cell["refit"] != "none":
+        refit(
+            model,
+            bench.model,
+            bench.family,
+            elastic.orders(plan),
+            _calibration(bench, cell["tokens"]),
+            target=cell["refit"],
+            batch_size=BATCH,
+        )
+    losses = _losses(bench, model)
+    return {
+        "perplexity": math.exp(statistics.fmean(losses)),
+        "losses": [round(x, 6) for x in losses],
+        "ridges": [list(layer.ridges) for layer in elastic.layers],
+        "plan": plan.to_json(),
+    }
+
+
+def _losses(bench: Workbench, model: nn.Module) -> list[float]:
+    """Return the mean negative log-likelihood of every report window."""
+    (windows,) = bench.texts.report.values()
+    losses: list[float] = window_losses(model, windows, batch_size=4).tolist()
+    return losses
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""What the rows of an experiment say: means, paired differences, and whether the LLM helps.
+
+A unit is a model, a budget and a seed; arms are compared on the units that both have finished.
+Fitness is lower is better, so that a negative difference is a gain.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from evaluators.significance import holm, mean_interval, sign_flip
+from selfpruner.cells import Figures, Row
+from selfpruner.experiment_config import Role
+
+Axis = Literal["evaluations", "tokens"]
+Unit = tuple[str, str, int]
+Interval = tuple[float, float] | None
+
+ALPHA = 0.05
+LEAST_UNITS = 10
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One arm minus another over their common units, at equal evaluations.
+
+    Attributes:
+        arm: whose fitness counts with a plus.
+        against: whose counts with a minus.
+        units: common units.
+        mean: of the differences; below 0 the arm is better.
+        interval: its 95 % t interval; None for one unit.
+        p: of the two-sided sign-flip test.
+        p_holm: the same, adjusted for the family of tests it belongs to.
+    """
+
+    arm: str
+    against: str
+    units: int
+    mean: float
+    interval: Interval
+    p: float
+    p_holm: float
+
+    @property
+    def is_gain(self) -> bool:
+        """Whether the arm is better, by more than chance and over enough units."""
+        return self.mean < 0 and self.p_holm < ALPHA and self.units >= LEAST_UNITS
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the LLM helps, and why, one sentence an arm; no reason where none asks an LLM."""
+
+    helps: bool
+    reasons: tuple[str, ...]
+
+    @property
+    def headline(self) -> str:
+        """The answer in one sentence."""
+        if not self.reasons:
+            return "No arm asks an LLM."
+        return "The LLM helps." if self.helps else "It is not shown that the LLM helps."
+
+
+@dataclass(frozen=True)
+class Study:
+    """The rows of an experiment with what is known of its arms.
+
+    Attributes:
+        name: of the experiment.
+        rows: finished cells.
+        roles: role of each arm.
+        placebos: placebos of each arm of role llm.
+        named_control: the arm that the file names for comparisons, or None.
+        cells: how many cells the experiment has.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    roles: Mapping[str, Role]
+    placebos: Mapping[str, tuple[str, ...]]
+    named_control: str | None
+    cells: int
+
+    @property
+    def limit(self) -> float:
+        """Full evaluations that every run has: where all of them are read off."""
+        return min(float(x["figures"]["evaluations"]) for x in self.rows)
+
+    @property
+    def token_limit(self) -> int | None:
+        """Tokens that every run of an LLM has; None where there is no such run."""
+        return min((x["figures"]["llm_tokens"] for x in self.asking), default=None)
+
+    @property
+    def asking(self) -> list[Row]:
+        """Rows of runs in which an LLM took part."""
+        return [x for x in self.rows if x["figures"]["llm_tokens"]]
+
+    @property
+    def arms(self) -> list[str]:
+        """Arms with finished cells, the best mean first."""
+        found = {x["cell"]["arm"] for x in self.rows}
+        return sorted(found, key=lambda arm: (statistics.fmean(self.values(arm).values()), arm))
+
+    @property
+    def settings(self) -> list[tuple[str, str]]:
+        """Models and budgets with finished cells, as (model, budget)."""
+        return list(dict.fromkeys((x["cell"]["model"], x["cell"]["budget"]) for x in self.rows))
+
+    @property
+    def best_control(self) -> str | None:
+        """The classical arm with the best mean; None where none has finished a cell."""
+        return next((arm for arm in self.arms if self.roles[arm] == "classical"), None)
+
+    @property
+    def control(self) -> str | None:
+        """The arm that others are compared with: the named one, or the best classical one."""
+        return self.named_control if self.named_control in self.arms else self.best_control
+
+    def figures(self, arm: str) -> dict[Unit, Figures]:
+        """Return the figures of an arm by unit."""
+        return {unit_of(x): x["figures"] for x in self.rows if x["cell"]["arm"] == arm}
+
+    def values(self, arm: str, name: str = "selection_fitness") -> dict[Unit, float]:
+        """Return by unit the fitness of the best plan that the arm had at the limit."""
+        return {
+            unit: read_off(figures, "evaluations", self.limit)[name]
+            for unit, figures in self.figures(arm).items()
+        }
+
+    def comparisons(self, control: str) -> list[Comparison]:
+        """Return every other arm against `control`, adjusted as one family."""
+        return self._family((arm, control) for arm in self.arms if arm != control)
+
+    def verdict(self) -> Verdict:
+        """Return whether the LLM helps.
+
+        It does where an arm of role llm beats the best classical arm (its paired difference is
+        below 0, Holm-adjusted p below ALPHA over at least LEAST_UNITS units) and its placebos
+        show that what the LLM is told is the cause: none of them beats that control as well, and
+        the arm beats each of them. Without a placebo nothing is claimed.
+        """
+        if "llm" not in self.roles.values():
+            return Verdict(False, ())
+        asking = [arm for arm in self.arms if self.roles[arm] == "llm"]
+        control = self.best_control
+        if not asking or control is None:
+            missing = "an arm of role llm" if not asking else "a classical control"
+            return Verdict(False, (f"No cell of {missing} is finished.",))
+        against = {x.arm: x for x in self.comparisons(control)}
+        pairs = [(arm, p) for arm in asking for p in self.placebos.get(arm, ()) if p in against]
+        removed = {(x.arm, x.against): x for x in self._family(pairs)}
+        findings = [self._finding(against, removed, arm) for arm in asking]
+        return Verdict(any(x for x, _ in findings), tuple(text for _, text in findings))
+
+    def _finding(
+        self,
+        against: Mapping[str, Comparison],
+        removed: Mapping[tuple[str, str], Comparison],
+        arm: str,
+    ) -> tuple[bool, str]:
+        """Return whether one arm passes every test, and the first reason where it does not."""
+        if arm not in against:
+            return False, f"{arm}: no unit is finished by it and by the control."
+        found = against[arm]
+        if not found.is_gain:
+            return False, f"{arm}: {_doubt(found)}"
+        placebos = [name for one, name in removed if one == arm]
+        if not placebos:
+            return False, (
+                f"{arm}: {_gain(found)}, but no placebo of it is finished, so that the cause may "
+                "be the search around the LLM."
+            )
+        for name in placebos:
+            if against[name].is_gain:
+                return False, f"{arm}: its placebo {name} keeps the gain: {_gain(against[name])}."
+            if not removed[arm, name].is_gain:
+                return False, f"{arm}: it does not beat its placebo: {_doubt(removed[arm, name])}"
+        return True, f"{arm}: {_gain(found)}; {' and '.join(placebos)} removes the gain."
+
+    def _family(self, pairs: Iterable[tuple[str, str]]) -> list[Comparison]:
+        """Return comparisons of (arm, other) where they have common units, adjusted together."""
+        differences = {pair: self._differences(*pair) for pair in pairs}
+        differences = {pair: values for pair, values in differences.items() if values}
+        names = {" / ".join(pair): pair for pair in differences}
+        p_values = {name: sign_flip(differences[pair]) for name, pair in names.items()}
+        adjusted = holm(p_values)
+        return [
+            Comparison(
+                arm=pair[0],
+                against=pair[1],
+                units=len(differences[pair]),
+                mean=statistics.fmean(differences[pair]),
+                interval=mean_interval(differences[pair]),
+                p=p_values[name],
+                p_holm=adjusted[name],
+            )
+            for name, pair in names.items()
+        ]
+
+    def _differences(self, arm: str, other: str) -> list[float]:
+        one, two = self.values(arm), self.values(other)
+        return [one[unit] - two[unit] for unit in one if unit in two]
+
+
+def unit_of(row: Row) -> Unit:
+    """Return the unit that a row belongs to."""
+    cell = row["cell"]
+    return cell["model"], cell["budget"], cell["seed"]
+
+
+def read_off(figures: Figures, axis: Axis, limit: float) -> dict[str, Any]:
+    """Return the last improvement within the limit; the first plan where there is none."""
+    steps: list[dict[str, Any]] = figures["steps"]
+    within = [x for x in steps if x[axis] <= limit]
+    return within[-1] if within else steps[0]
+
+
+def _gain(found: Comparison) -> str:
+    return (
+        f"beats {found.against} by {-found.mean:.4f} over {_units(found)} "
+        f"(adjusted p = {found.p_holm:.3g})"
+    )
+
+
+def _doubt(found: Comparison) -> str:
+    """Return why a comparison is no gain."""
+    change = f"{abs(found.mean):.4f} {'lower' if found.mean < 0 else 'higher'}"
+    if found.mean >= 0:
+        return (
+            f"no gain over {found.against}: its fitness is {change} over {_units(found)} "
+            f"(adjusted p = {found.p_holm:.3g})."
+        )
+    if found.units < LEAST_UNITS:
+        return (
+            f"too few units: its fitness is {change} than that of {found.against} over "
+            f"{_units(found)}, where at least {LEAST_UNITS} are wanted."
+        )
+    return (
+        f"no gain over {found.against} that chance does not explain: its fitness is {change} over "
+        f"{_units(found)} (adjusted p = {found.p_holm:.3g}, wanted below {ALPHA})."
+    )
+
+
+def _units(found: Comparison) -> str:
+    return f"{found.units} paired {'unit' if found.units == 1 else 'units'}"
