@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from agent.projection import Floats, Levels, Space
 
-Losses = Sequence[Sequence[Sequence[float]]]
+Losses = Sequence[Sequence[Sequence[float] | Floats]]
 Integers = NDArray[np.int64]
 
 _BINS = 20_000  # capacities told apart where the costs have no unit that is coarse enough
@@ -107,6 +107,6 @@ def _filled(space: Space, levels: Levels, losses: Losses) -> Levels:
     return space.grow(levels, gain)
 
 
-def _clean(losses: Sequence[float]) -> Floats:
+def _clean(losses: Sequence[float] | Floats) -> Floats:
     values = np.asarray(losses, dtype=np.float64)
     return np.nan_to_num(values, nan=_WORST, posinf=_WORST, neginf=0.0)

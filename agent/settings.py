@@ -22,6 +22,7 @@ AllocatorName = Literal[
     "uniform",
     "uniform_mlp",
     "heuristic",
+    "knapsack",
     "owl",
     "flap_global",
 ]
@@ -118,10 +119,10 @@ class SearchSettings(BaseModel):
         "before the search; counted as evaluations, 0: no probes",
     )
     filter: int = Field(
-        1,
+        8,
         ge=1,
         le=1000,
-        description="classical proposals for one place, of which the surrogate lets one forward; "
+        description="guided: proposals for one place, of which the surrogate lets one forward; "
         "1: no filter",
     )
     calls: int | None = Field(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +15,17 @@ from agent.allocators import Sensitivity, UnitScores
 from agent.budget import Spending
 from agent.disguise import Disguise
 from agent.drivers.driver import Driver
+from agent.knapsack import knapsack
 from agent.ledger import Ledger
+from agent.loss_curves import loss_curves
 from agent.parse import Block, Bounds
 from agent.projection import Levels, Space
 from agent.settings import DriverSettings, SearchSettings
 from prompts.library import Strategy
 from pruning.plan import Budget, Grid, Plan
+
+if TYPE_CHECKING:
+    from agent.surrogate import Surrogate
 
 Score = Callable[[Sequence[Plan], Sequence[int]], NDArray[np.float64]]
 Assess = Callable[[Plan], dict[str, float]]
@@ -107,6 +112,11 @@ class SearchContext:
         return Spending.begin(self.settings, self.ledger, self.clock)
 
     @cached_property
+    def surrogates(self) -> dict[int, Surrogate]:
+        """The surrogate of the generation being made, once it was asked for."""
+        return {}
+
+    @cached_property
     def first_plan(self) -> Levels:
         """The heuristic plan, or the uniform one where `seed_plan` is off."""
         if not self.settings.seed_plan:
@@ -121,6 +131,9 @@ class SearchContext:
             "uniform": lambda: allocators.uniform(space),
             "uniform_mlp": lambda: allocators.uniform_mlp(space),
             "heuristic": lambda: self.conform(allocators.heuristic(space, self.sensitivity)),
+            "knapsack": lambda: self.conform(
+                knapsack(space, loss_curves(self.sensitivity, self.ledger.probes()))
+            ),
             "owl": lambda: allocators.owl(space, self.outliers),
             "flap_global": lambda: self.conform(allocators.flap_global(space, self.unit_scores)),
         }

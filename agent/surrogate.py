@@ -68,7 +68,17 @@ class Surrogate:
 
 
 def surrogate(context: SearchContext, generation: int) -> Surrogate:
-    """Return what probes and earlier generations say; a pure function of the ledger."""
+    """Return what probes and earlier generations say; a pure function of the ledger.
+
+    It is the same for all proposals of a generation, so that each generation fits it once.
+    """
+    if generation not in context.surrogates:
+        context.surrogates.clear()
+        context.surrogates[generation] = _fitted(context, generation)
+    return context.surrogates[generation]
+
+
+def _fitted(context: SearchContext, generation: int) -> Surrogate:
     ledger = context.ledger
     known = [x for x in ledger.best(_MOST, before=generation) if x.fitness < NOT_FINITE]
     return fit(

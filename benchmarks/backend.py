@@ -52,7 +52,7 @@ def main() -> None:
     bench = cache(lambda: _bench(root))
     ranked = cache(lambda name: _ranked(bench(), name))
     plan = cache(lambda: _plan(bench(), ranked("least_squares")))
-    dense = cache(lambda: _losses(bench(), bench().model))
+    dense = cache(lambda: report_losses(bench(), bench().model))
 
     def figures(cell: Cell) -> dict[str, Any]:
         return _figures(cell, bench(), ranked(cell["reconstruction"]), plan()) | {
@@ -120,7 +120,7 @@ def _figures(cell: Cell, bench: Workbench, elastic: ElasticModel, plan: Plan) ->
     if cell["refit"]:
         orders = elastic.orders(plan)
         refit(model, bench.model, bench.family, orders, bench.texts.calibrate)
-    losses = _losses(bench, model)
+    losses = report_losses(bench, model)
     return {
         "perplexity": math.exp(statistics.fmean(losses)),
         "losses": [round(x, 6) for x in losses],
@@ -130,7 +130,7 @@ def _figures(cell: Cell, bench: Workbench, elastic: ElasticModel, plan: Plan) ->
     }
 
 
-def _losses(bench: Workbench, model: nn.Module) -> list[float]:
+def report_losses(bench: Workbench, model: nn.Module) -> list[float]:
     """Return the mean negative log-likelihood of every report window."""
     (windows,) = bench.texts.report.values()
     losses: list[float] = window_losses(model, windows, batch_size=4).tolist()

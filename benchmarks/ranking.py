@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from agent import allocators
-from evaluators.perplexity import window_losses
+from benchmarks.backend import report_losses
 from pruning.elastic import ElasticModel
 from pruning.elastic_layer import Recipe
 from pruning.plan import Budget, Plan
@@ -164,20 +164,13 @@ def _figures(cell: Cell, bench: Workbench, elastic: ElasticModel) -> dict[str, A
             target=cell["refit"],
             batch_size=BATCH,
         )
-    losses = _losses(bench, model)
+    losses = report_losses(bench, model)
     return {
         "perplexity": math.exp(statistics.fmean(losses)),
         "losses": [round(x, 6) for x in losses],
         "ridges": [list(layer.ridges) for layer in elastic.layers],
         "plan": plan.to_json(),
     }
-
-
-def _losses(bench: Workbench, model: nn.Module) -> list[float]:
-    """Return the mean negative log-likelihood of every report window."""
-    (windows,) = bench.texts.report.values()
-    losses: list[float] = window_losses(model, windows, batch_size=4).tolist()
-    return losses
 
 
 if __name__ == "__main__":

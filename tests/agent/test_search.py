@@ -87,7 +87,7 @@ def test_the_limit_on_evaluations_is_met_exactly(scene: Scene, tmp_path: Path) -
         assert result.stopped == "evaluations"
 
 
-@pytest.mark.parametrize("allocator", ["uniform", "uniform_mlp", "heuristic"])
+@pytest.mark.parametrize("allocator", ["uniform", "uniform_mlp", "heuristic", "knapsack"])
 def test_allocators_without_search_score_one_plan(
     scene: Scene, tmp_path: Path, allocator: str
 ) -> None:
@@ -134,6 +134,22 @@ def test_seeded_random_plans_descend_from_none(scene: Scene, tmp_path: Path) -> 
     _, *drawn = wild.ledger.candidates()
     far = [np.abs(np.subtract(x.genotype, seed.genotype)[:, 2]).sum() for x in drawn]
     assert np.mean(gaps) < np.mean(far)
+
+
+def test_guided_takes_the_likeliest_of_several_proposals(scene: Scene, tmp_path: Path) -> None:
+    """With the filter on, later proposals are fitter on average than without it."""
+    means = {}
+    for count in (1, 16):
+        fitness = []
+        for seed in range(4):
+            folder = tmp_path / f"{count}-{seed}"
+            folder.mkdir()
+            context = scene(allocator="guided", filter=count, seed=seed, evaluations=40)
+            run(context, folder)
+            later = [x.fitness for x in context.ledger.candidates() if x.generation > 0]
+            fitness.append(np.mean(later) / context.ledger.candidates()[0].fitness)
+        means[count] = np.mean(fitness)
+    assert means[16] < means[1]
 
 
 def test_plans_handed_in_are_scored_first(scene: Scene, tmp_path: Path) -> None:
