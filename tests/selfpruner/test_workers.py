@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,15 @@ def test_a_refusal_comes_through_as_one() -> None:
         list(in_workers([{"n": n} for n in range(3)], square_or_refuse, 2, lambda _: None))
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let SIGINT interrupt: a job that a shell put in the background began with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_stops_all_workers_cleanly(tmp_path: Path) -> None:
     from analytic_cells import wait_for_a_signal
 
