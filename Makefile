@@ -9,7 +9,7 @@ PIP_ARGS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-vllm demo demo-vllm test soak lint clean
+.PHONY: help venv venv-vllm demo demo-vllm test soak bench-cost bench-search bench-backend lint clean
 
 define check-python
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -56,6 +56,15 @@ test: $(STAMP)  ## run all tests but the soak
 
 soak: $(STAMP)  ## kill and resume searches many times, and the demo itself (15 minutes)
 	$(BIN)/python -m pytest -m soak $(ARGS)
+
+bench-cost: $(STAMP)  ## what scoring a plan costs, beside a full forward pass (1 hour)
+	$(BIN)/python -m benchmarks.cost $(ARGS)
+
+bench-search: $(STAMP)  ## every allocator at equal evaluations, five seeds, two budgets (1 hour)
+	$(BIN)/python -m benchmarks.search $(ARGS)
+
+bench-backend: $(STAMP)  ## recipes side by side (ARGS='--data-root DIR' for C4 and WikiText-2)
+	$(BIN)/python -m benchmarks.recipes $(ARGS)
 
 lint: $(STAMP)  ## style, types and the arrows between rooms
 	$(BIN)/ruff check .

@@ -88,8 +88,12 @@ class Study:
 
     @property
     def limit(self) -> float:
-        """Full evaluations that every run has: where all of them are read off."""
-        return min(float(x["figures"]["evaluations"]) for x in self.rows)
+        """Full evaluations that every search has: where all runs are read off.
+
+        A run of one plan is no search; its plan stands for it wherever others are read off.
+        """
+        spent = [float(x["figures"]["evaluations"]) for x in self.rows]
+        return min((x for x in spent if x > 1), default=1.0)
 
     @property
     def token_limit(self) -> int | None:
@@ -136,6 +140,24 @@ class Study:
     def comparisons(self, control: str) -> list[Comparison]:
         """Return every other arm against `control`, adjusted as one family."""
         return self._family((arm, control) for arm in self.arms if arm != control)
+
+    def sooner(self, arm: str, control: str) -> float | None:
+        """Return how many times fewer evaluations `arm` needs for what `control` ends with.
+
+        Both are means over their common units, the control's at the limit. None where
+        the arm does not come to as much.
+        """
+        ends, figures = self.values(control), self.figures(arm)
+        units = [unit for unit in figures if unit in ends]
+        if not units:
+            return None
+        wanted = statistics.fmean(ends[unit] for unit in units)
+        moments: set[float] = {x["evaluations"] for u in units for x in figures[u]["steps"]}
+        for moment in sorted(x for x in moments if x <= self.limit):
+            found = (read_off(figures[unit], "evaluations", moment) for unit in units)
+            if statistics.fmean(x["selection_fitness"] for x in found) <= wanted:
+                return self.limit / max(moment, 1.0)
+        return None
 
     def verdict(self) -> Verdict:
         """Return whether the LLM helps.

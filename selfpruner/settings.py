@@ -171,7 +171,7 @@ class FrontSettings(Settings):
     """Further budgets of the run's kind, as shares, and how hard each is searched for."""
 
     targets: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
-    effort: Annotated[float, Field(gt=0, le=1)] = 0.35
+    effort: Annotated[float, Field(gt=0, le=1)] = 0.3
 
 
 class ExportSettings(Settings):

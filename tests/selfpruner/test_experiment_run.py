@@ -6,71 +6,26 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from selfpruner.cli import main
 
-WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(93))]
-
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def study(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the file of an experiment with two budgets on a model of three layers."""
-    folder = tmp_path_factory.mktemp("study")
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "tiny")
-    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>"))
-    words.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder / "tiny")
-    rng = np.random.default_rng(0)
-    rows = [{"text": " ".join(rng.choice(WORDS[3:], size=40))} for _ in range(200)]
-    (folder / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    source = str(folder / "text.jsonl")
-    base = {
-        "model": str(folder / "tiny"),
-        "dtype": "float32",
-        "device": "cpu",
-        "pruning": {"step": 8},
-        "data": {
-            "length": 16,
-            "choices": 0,
-            "calibrate": {"source": source, "tokens": 256},
-            "search": {"source": source, "tokens": 64},
-            "select": {"source": source, "tokens": 64},
-            "report": [{"source": source, "tokens": 64, "length": 16}],
-        },
-        "search": {"population": 3, "crossover": 1, "mutate": 2, "evaluations": 6},
-    }
-    (folder / "base.yaml").write_text(yaml.safe_dump(base))
     experiment = {
-        "base": "base.yaml",
+        "base": str(tiny_run),
         "seeds": [0, 1],
         "budgets": [{"parameters": 0.7}, {"parameters": 0.5}],
         "matrix": {"search.allocator": ["genetic", "random"]},
     }
-    (folder / "study.yaml").write_text(yaml.safe_dump(experiment))
-    return folder / "study.yaml"
+    file = tmp_path_factory.mktemp("study") / "study.yaml"
+    file.write_text(yaml.safe_dump(experiment))
+    return file
 
 
 def _run(study: Path, name: str, *more: str) -> tuple[str, list[dict[str, Any]]]:

@@ -50,6 +50,25 @@ COURSES = [
 ROLES = {"wordy": "llm", "terse": "llm", "genetic": "classical"}
 
 
+def test_one_plan_is_no_search_and_sets_no_limit() -> None:
+    one = _row("uniform", 0, 0, [(1, 0, 0.7)])
+    one["figures"]["evaluations"] = 1.0
+    study = _study([*COURSES, one], ROLES | {"uniform": "classical"})
+    assert study.limit == 10
+    assert study.values("uniform") == {("m", "b", 0): 1.7}
+    assert _study([one], {"uniform": "classical"}).limit == 1
+
+
+def test_sooner_is_read_off_the_mean_course() -> None:
+    study = _study(COURSES, ROLES)
+    # One unit in common: the control ends with 0.6; wordy has 0.5 at 5, terse 0.4 at 10 of 10.
+    assert study.sooner("wordy", "genetic") == 2
+    assert study.sooner("terse", "genetic") == 1
+    assert study.sooner("genetic", "terse") is None
+    # Two units: 0.9, 0.9 and 0.5, 0.7 against the 0.2 it ends with itself, at 9.
+    assert study.sooner("wordy", "wordy") == pytest.approx(10 / 9)
+
+
 def test_every_run_is_read_off_at_the_same_point() -> None:
     study = _study(COURSES, ROLES)
     assert study.limit == 10

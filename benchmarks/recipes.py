@@ -1,0 +1,158 @@
+"""Whole recipes at equal budgets: perplexity on held-out text of what each of them leaves.
+
+    python -m benchmarks.recipes [--data-root DIR] [--model NAME]
+
+The default recipe beside the published ones and beside uniform plans under its own correction and
+refit: calibration 65,536 tokens, searches of 40 full evaluations on 4,096 tokens, report 32,768
+tokens at length 512. Without a data folder all text is the packaged passages, disjoint documents;
+with one it is C4, and for the report the WikiText-2 test text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from agent.settings import SearchSettings
+from benchmarks.backend import report_losses
+from selfpruner.arena import Arena
+from selfpruner.cells import Cell, Row, run_cells
+from selfpruner.config import BudgetSettings, RunConfig, load_config
+from selfpruner.finishing import best_on_fresh_tokens, finish
+from selfpruner.progress import Progress
+from selfpruner.run_folder import RunFolder
+from selfpruner.searching import search
+from selfpruner.workbench import prepare, quiet_libraries
+
+BASE = Path(__file__).with_suffix(".yaml")
+RESULTS = Path(__file__).parent / "results" / "recipes.jsonl"
+SHARES = (0.7, 0.5)
+DEFAULT = "best"
+UNIFORM = ("uniform_mlp, our correction", "uniform, our correction")
+WANDA = ("wanda_sp, frozen", "wanda_sp, sequential")
+
+# Settings of each row over the common ones; rows of one ranking stand together.
+ROWS: Mapping[str, Mapping[str, Any]] = {
+    DEFAULT: {},
+    UNIFORM[0]: {"search.allocator": "uniform_mlp"},
+    UNIFORM[1]: {"search.allocator": "uniform"},
+    "flap": {"recipe": "flap"},
+    "self_pruner": {"recipe": "self_pruner"},
+    WANDA[0]: {"recipe": "wanda_sp", "pruning.statistics": "frozen"},
+    WANDA[1]: {"recipe": "wanda_sp"},
+}
+
+# What the default may have of the perplexity of the best of these rows.
+TARGETS = {("flap",): 0.5, UNIFORM: 0.75, ("self_pruner",): 0.5, WANDA: 1.0}
+
+
+def main() -> None:
+    """Run the cells that are missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data-root", default=None)
+    parser.add_argument("--model", default=None)
+    options = parser.parse_args()
+    quiet_libraries()
+    configs = {
+        (row, share): _config(settings, share, options.model, options.data_root)
+        for row, settings in ROWS.items()
+        for share in SHARES
+    }
+    cells = [
+        {
+            "texts": "passages" if options.data_root is None else "c4, wikitext2",
+            "model": config.model,
+            "row": row,
+            "share": share,
+            "metric": config.pruning.metric,
+            "allocator": config.search.allocator,
+        }
+        for (row, share), config in configs.items()
+    ]
+    progress = Progress()
+    arena = lru_cache(1)(lambda text: _arena(RunConfig.model_validate_json(text), progress))
+
+    def figures(cell: Cell) -> dict[str, Any]:
+        progress.note(f"cell: {cell['row']}, {cell['share']}")
+        config = configs[cell["row"], cell["share"]]
+        return _figures(arena(_shared(config)).proposing(config), progress)
+
+    print(_table(run_cells(RESULTS, cells, figures)))
+
+
+def _config(
+    settings: Mapping[str, Any], share: float, model: str | None, root: str | None
+) -> RunConfig:
+    own: dict[str, Any] = {**settings, "budget.parameters": share}
+    if root is not None:
+        roles = ("calibrate", "search", "select")
+        own |= {"data.root": root} | {f"data.{role}.source": "c4" for role in roles}
+        own |= {"data.report": [{"source": "wikitext2", "tokens": 32_768, "length": 512}]}
+    lines = [f"{name}={json.dumps(value)}" for name, value in own.items()]
+    return load_config(BASE, model=model, settings=lines)
+
+
+def _shared(config: RunConfig) -> str:
+    """Return what rows have in common that rank and judge alike, as JSON."""
+    same = {"budget": BudgetSettings(parameters=SHARES[0]), "search": SearchSettings()}
+    return config.model_copy(update=same).model_dump_json()
+
+
+def _arena(config: RunConfig, progress: Progress) -> Arena:
+    with TemporaryDirectory() as name:
+        folder = RunFolder.create(Path(name), config)
+        return Arena.open(prepare(config, progress), folder, progress)
+
+
+def _figures(arena: Arena, progress: Progress) -> dict[str, Any]:
+    """Return what the recipe leaves of the model, judged on the report text."""
+    bench = arena.bench
+    with TemporaryDirectory() as name:
+        folder = RunFolder.create(Path(name), bench.config)
+        found = search(arena, bench.config, folder, progress)
+    plan = best_on_fresh_tokens(found, arena.selection)[0].plan
+    model, refit = finish(bench, arena.prunable, plan, arena.selection, progress)
+    losses, dense = (report_losses(bench, x) for x in (model, bench.model))
+    return {
+        "perplexity": math.exp(statistics.fmean(losses)),
+        "dense": math.exp(statistics.fmean(dense)),
+        "achieved": bench.achieved(plan),
+        "parameters": sum(x.numel() for x in model.parameters()),
+        "evaluations": found.equivalents,
+        "refit_kept": refit is not None and refit.kept,
+        "search_seconds": round(found.seconds, 1),
+        "losses": [round(x, 6) for x in losses],
+        "plan": plan.to_json(),
+    }
+
+
+def _table(rows: list[Row]) -> str:
+    """Return the perplexities by row and budget, and the default's beside its targets."""
+    found = {(x["cell"]["row"], x["cell"]["share"]): x["figures"]["perplexity"] for x in rows}
+    lines = [
+        "| recipe | " + " | ".join(f"{share} kept" for share in SHARES) + " |",
+        "|---|" + "---:|" * len(SHARES),
+        *(
+            f"| {row} | " + " | ".join(f"{found[row, share]:.2f}" for share in SHARES) + " |"
+            for row in ROWS
+        ),
+        f"dense {rows[0]['figures']['dense']:.2f}",
+    ]
+    for share in SHARES:
+        for names, most in TARGETS.items():
+            rival = min(names, key=lambda name: found[name, share])
+            ratio = found[DEFAULT, share] / found[rival, share]
+            verdict = "reached" if ratio <= most else "missed"
+            lines.append(f"{share}: {ratio:.3f} of {rival}; target {most}: {verdict}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""All allocators at equal evaluations: does any beat the default, and when does it pass evolution?
+
+    python -m benchmarks.search [--workers 2] [--threads 1]
+
+Runs the cells of configs/experiments/search.yaml that are missing, prints its table and, budget by
+budget, every allocator beside the default one on fresh tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+from selfpruner.config import CONFIGS, RunConfig, load_config
+from selfpruner.experiment import run_experiment
+from selfpruner.experiment_study import Study
+from selfpruner.experiment_table import table
+from selfpruner.progress import Progress
+
+FILE = CONFIGS / "experiments" / "search.yaml"
+RESULTS = Path(__file__).parent / "results" / "search.jsonl"
+FOLDER = Path("runs") / "experiments" / FILE.stem
+RIVAL = "evolution"
+SOONER = 1.5
+
+
+def main() -> None:
+    """Run the cells that are missing and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    study = run_experiment(
+        FILE, FOLDER, RESULTS, Progress(), workers=options.workers, threads=options.threads
+    )
+    default = _default()
+    print(table(study))
+    for budget in dict.fromkeys(x["cell"]["budget"] for x in study.rows):
+        rows = [x for x in study.rows if x["cell"]["budget"] == budget]
+        print(f"\n{budget}\n\n{_against(replace(study, rows=rows), default)}")
+
+
+def _default() -> str:
+    """Return the allocator of the default recipe."""
+    config: RunConfig = load_config(CONFIGS / "demo.yaml")
+    return config.search.allocator
+
+
+def _against(study: Study, default: str) -> str:
+    """Return every arm beside the default: paired difference, its error, and the targets."""
+    lines = [
+        f"| arm | fresh KL | minus {default}, paired | sooner than {RIVAL} |",
+        "|---|---:|---:|---:|",
+    ]
+    better = []
+    ours = study.values(default)
+    for arm in study.arms:
+        values = study.values(arm)
+        gaps = [values[unit] - ours[unit] for unit in values if unit in ours]
+        mean, error = statistics.fmean(gaps), _standard_error(gaps)
+        if mean < -error:
+            better.append(arm)
+        sooner = study.sooner(arm, RIVAL)
+        lines.append(
+            f"| {arm} | {statistics.fmean(values.values()):.4f} | {mean:+.4f} ± {error:.4f} | "
+            f"{'' if sooner is None else f'{sooner:.2f}x'} |"
+        )
+    found = study.sooner(default, RIVAL)
+    lines += [
+        "",
+        f"better than {default} by more than the error: {', '.join(better) or 'none'}",
+        f"{default} sooner than {RIVAL}: {'never' if found is None else f'{found:.2f}x'}, "
+        f"target {SOONER}x",
+    ]
+    return "\n".join(lines)
+
+
+def _standard_error(values: list[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The front on a tiny model: budgets met, effort shared out, each begun beside its neighbour."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from agent.candidate import Candidate
+from agent.graph import SearchResult
+from agent.ledger import Ledger
+from pruning.plan import Plan
+from selfpruner.arena import Arena
+from selfpruner.config import load_config
+from selfpruner.front import front
+from selfpruner.progress import Progress
+from selfpruner.results import FrontPoint
+from selfpruner.run_folder import RunFolder
+from selfpruner.searching import search
+from selfpruner.workbench import prepare
+
+TARGETS = (0.9, 0.8, 0.6, 0.5)
+
+
+@pytest.fixture(scope="module")
+def arena(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Arena, RunFolder]:
+    settings = ("search.evaluations=20", "front.targets=[0.9, 0.8, 0.6, 0.5]")
+    config = load_config(tiny_run, settings=settings)
+    folder = RunFolder.create(tmp_path_factory.mktemp("front") / "run", config)
+    return Arena.open(prepare(config, Progress()), folder, Progress()), folder
+
+
+@pytest.fixture(scope="module")
+def found(arena: tuple[Arena, RunFolder]) -> SearchResult:
+    return search(arena[0], arena[0].bench.config, arena[1], Progress())
+
+
+@pytest.fixture(scope="module")
+def points(arena: tuple[Arena, RunFolder], found: SearchResult) -> tuple[FrontPoint, ...]:
+    return front(arena[0], found, arena[1], Progress())
+
+
+def test_every_budget_has_a_plan_within_it_and_tight(
+    arena: tuple[Arena, RunFolder], points: tuple[FrontPoint, ...]
+) -> None:
+    bench, folder = arena[0].bench, arena[1]
+    assert [x.target for x in points] == [0.9, 0.8, 0.7, 0.6, 0.5]
+    for point in points:
+        config = load_config(folder.config, settings=[f"budget.parameters={point.target}"])
+        budget = bench.proposing(config).budget
+        levels = bench.grid.levels(Plan.from_json(point.plan))
+        assert budget.is_within(levels)
+        assert budget.is_tight(levels)
+        assert point.achieved == pytest.approx(budget.achieved(levels))
+    parameters = [x.parameters for x in points]
+    assert parameters == sorted(parameters, reverse=True)
+    assert json.loads((folder / "front.json").read_text())["points"] == [
+        x.model_dump(mode="json") for x in points
+    ]
+
+
+def test_the_budget_of_the_run_is_not_searched_again(
+    arena: tuple[Arena, RunFolder], found: SearchResult, points: tuple[FrontPoint, ...]
+) -> None:
+    own = next(x for x in points if x.target == 0.7)
+    assert own.evaluations == found.evaluations
+    assert own.fitness == found.best.fitness
+    assert sorted(x.name for x in (arena[1] / "front").iterdir()) == ["0.5", "0.6", "0.8", "0.9"]
+
+
+def _scored(folder: RunFolder, target: float) -> list[Candidate]:
+    return Ledger(folder / f"front/{target:g}").candidates()
+
+
+@pytest.mark.usefixtures("points")
+def test_further_budgets_share_out_their_effort(arena: tuple[Arena, RunFolder]) -> None:
+    config = arena[0].bench.config
+    whole, few = config.search.evaluations, config.front.effort * config.search.evaluations
+    # Four more budgets and the run's own: at most two and a half searches.
+    assert whole + len(TARGETS) * few <= 2.5 * whole
+    for target in TARGETS:
+        assert few - 1 < sum(x.charge for x in _scored(arena[1], target)) <= few
+
+
+def test_each_budget_begins_with_the_plan_of_its_neighbour(
+    arena: tuple[Arena, RunFolder], points: tuple[FrontPoint, ...]
+) -> None:
+    bench, by_target = arena[0].bench, {x.target: x for x in points}
+    for target, neighbour in ((0.8, 0.7), (0.9, 0.8), (0.6, 0.7), (0.5, 0.6)):
+        plan = Plan.from_json(by_target[neighbour].plan)
+        shares = bench.space.shares(bench.grid.levels(plan))
+        settings = [f"budget.parameters={target}"]
+        there = bench.proposing(load_config(arena[1].config, settings=settings))
+        start = there.grid.plan(there.space.project(shares))
+        first = [x.plan for x in _scored(arena[1], target) if x.generation == 0]
+        assert start in first
