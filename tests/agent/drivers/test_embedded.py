@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from agent import parse
-from agent.drivers import embedded
+from agent.drivers import decoding
 from agent.drivers.driver import Completion, Place, Request
 from agent.drivers.embedded import EmbeddedDriver
 from agent.parse import Bounds
@@ -118,6 +118,24 @@ def test_equal_seeds_give_equal_replies_in_any_batch(model: LlamaForCausalLM) ->
     assert len(set(together)) == 3
 
 
+def test_forced_tokens_are_not_asked_for(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"schema": parse.moves_schema(BOUNDS), "temperature": 0, "max_tokens": 300}
+    requests = [request("x" * n, **changes) for n in (3, 40, 90)]
+    passes: list[int] = []
+    handle = model.register_forward_pre_hook(lambda *_: passes.append(1))
+    jumped = answers(driver_of(model), requests)
+    few = len(passes)
+    monkeypatch.setattr(decoding.Row, "forced", lambda _: [])
+    plain = answers(driver_of(model), requests)
+    handle.remove()
+    # The same words: what the grammar forces is what sampling under it would have brought.
+    assert [x.text for x in jumped] == [x.text for x in plain]
+    assert [x.completion_tokens for x in jumped] == [x.completion_tokens for x in plain]
+    assert few < (len(passes) - few) / 2
+
+
 def test_padding_changes_nothing(model: LlamaForCausalLM) -> None:
     texts = ["a", "a longer question " * 5]
     together = answers(driver_of(model), [request(x, temperature=0) for x in texts])
@@ -132,21 +150,24 @@ def test_fast_decoding_is_the_same_function(
     requests = [request("x" * n, temperature=0) for n in (3, 40, 90)]
     fast = answers(driver_of(model), requests)
     assert model.config._attn_implementation == "sdpa"
-    monkeypatch.setattr(embedded, "_fast_decoding", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(decoding, "_fast_attention", lambda _: contextlib.nullcontext())
     assert [x.text for x in answers(driver_of(model), requests)] == [x.text for x in fast]
 
 
-def test_decode_attention_equals_the_textbook() -> None:
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_decode_attention_equals_the_textbook(tokens: int) -> None:
     torch.manual_seed(0)
-    query = torch.randn(2, 6, 1, 8, dtype=torch.float64)
+    query = torch.randn(2, 6, tokens, 8, dtype=torch.float64)
     key, value = torch.randn(2, 2, 3, 7, 8, dtype=torch.float64)
-    mask = torch.arange(7)[None, None, None] >= torch.tensor([0, 3])[:, None, None, None]
-    got, _ = embedded._decode_attention(None, query, key, value, mask, scaling=0.5)
-    for n, h in itertools.product(range(2), range(6)):
-        scores = 0.5 * key[n, h // 2] @ query[n, h, 0]
-        weights = torch.exp(scores) * mask[n, 0, 0]
+    seen = torch.arange(7)[None, None, None] >= torch.tensor([0, 3])[:, None, None, None]
+    causal = torch.arange(7)[None] <= torch.arange(7 - tokens, 7)[:, None]
+    mask = seen & causal
+    got, _ = decoding._decode_attention(None, query, key, value, mask, scaling=0.5)
+    for n, h, t in itertools.product(range(2), range(6), range(tokens)):
+        scores = 0.5 * key[n, h // 2] @ query[n, h, t]
+        weights = torch.exp(scores) * mask[n, 0, t]
         expected = (weights / weights.sum()) @ value[n, h // 2]
-        torch.testing.assert_close(got[n, 0, h], expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(got[n, t, h], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_the_global_random_state_is_left_alone(model: LlamaForCausalLM) -> None:
