@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
+from agent.drivers.decoding import Row, decode
+from agent.drivers.embedded import stop_tokens
 from evaluators.latency import compare_latency
 from evaluators.memory import parameter_count, weight_bytes
 from evaluators.perplexity import perplexity
@@ -109,7 +110,6 @@ def speed_rows(
     return tuple(SpeedRow(**row) for row in rows)
 
 
-@torch.no_grad()
 def samples(
     dense: PreTrainedModel,
     pruned: PreTrainedModel,
@@ -118,31 +118,24 @@ def samples(
     new_tokens: int = 32,
 ) -> tuple[Sample, ...]:
     """Return greedy continuations of fixed prompts by both models."""
+    before, after = (continuations(x, tokenizer, prompts, new_tokens) for x in (dense, pruned))
     return tuple(
-        Sample(
-            prompt=prompt,
-            dense=continuation(dense, tokenizer, prompt, new_tokens),
-            pruned=continuation(pruned, tokenizer, prompt, new_tokens),
-        )
-        for prompt in prompts
+        Sample(prompt=prompt, dense=one, pruned=other)
+        for prompt, one, other in zip(prompts, before, after, strict=True)
     )
 
 
-def continuation(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int
-) -> str:
-    """Return the greedy continuation of `prompt` by at most `new_tokens` tokens."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    output: Any = model.generate(
-        **inputs,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    text: str = tokenizer.decode(
-        output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-    )
-    return text
+def continuations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    new_tokens: int,
+) -> list[str]:
+    """Return the greedy continuation of each prompt by at most `new_tokens` tokens."""
+    stops = stop_tokens(model, tokenizer)
+    rows = [Row(stops, new_tokens) for _ in prompts]
+    decode(model, [list(tokenizer(x)["input_ids"]) for x in prompts], rows, pad=stops[0])
+    return [tokenizer.decode(row.reply, skip_special_tokens=True) for row in rows]
 
 
 def _task_numbers(name: str, score: TaskScore) -> TaskNumbers:

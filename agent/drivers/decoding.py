@@ -21,8 +21,6 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from agent.drivers.driver import Request
-
 Encode = Callable[[str], list[int]]
 
 _ATTENTION = "selfpruner_decode"
@@ -37,14 +35,29 @@ class Row:
     """
 
     def __init__(
-        self, request: Request, matcher: Any, encode: Encode, stops: Sequence[int]
+        self,
+        stops: Sequence[int],
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        matcher: Any = None,
+        encode: Encode | None = None,
     ) -> None:
-        """Begin a reply; `matcher` follows the grammar, None for free text."""
+        """Begin a reply.
+
+        Args:
+            stops: tokens that end it.
+            max_tokens: longest reply, at least 1.
+            temperature: 0 takes the likeliest token.
+            seed: of its random stream.
+            matcher: follows the grammar; None for free text.
+            encode: tokens of a text, for what the grammar forces; None forces nothing.
+        """
         self.reply: list[int] = []
         self.ended = False
-        self._request, self._matcher = request, matcher
-        self._encode, self._stops = encode, stops
-        self._generator = torch.Generator().manual_seed(request.seed)
+        self._stops, self._max_tokens = stops, max_tokens
+        self._temperature, self._generator = temperature, torch.Generator().manual_seed(seed)
+        self._matcher, self._encode = matcher, encode
 
     def choose(self, logits_V: torch.Tensor) -> list[int]:
         """Sample a token of the grammar and return what is new: it and what it leads to."""
@@ -67,7 +80,7 @@ class Row:
 
         A tokenizer that begins every text with a space has no tokens for it, and none is appended.
         """
-        if self._matcher is None or self.ended:
+        if self._matcher is None or self._encode is None or self.ended:
             return []
         appended = []
         for token in self._encode(self._matcher.find_jump_forward_string()):
@@ -79,13 +92,12 @@ class Row:
 
     def _append(self, token: int) -> None:
         self.reply.append(token)
-        self.ended = len(self.reply) == self._request.max_tokens
+        self.ended = len(self.reply) == self._max_tokens
 
     def _sample(self, logits_V: torch.Tensor) -> int:
-        temperature = self._request.temperature
-        if temperature == 0:
+        if self._temperature == 0:
             return int(logits_V.argmax())
-        chances_V = torch.softmax(logits_V / temperature, dim=0)
+        chances_V = torch.softmax(logits_V / self._temperature, dim=0)
         return int(torch.multinomial(chances_V, 1, generator=self._generator))
 
 

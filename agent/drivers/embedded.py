@@ -29,7 +29,7 @@ class EmbeddedDriver:
         """
         self._model, self._tokenizer = model, tokenizer
         self._name, self._batch = name, batch
-        self._stops = _stop_tokens(model, tokenizer)
+        self._stops = stop_tokens(model, tokenizer)
         vocabulary = int(model.get_output_embeddings().weight.shape[0])
         self._compiler = xgrammar.GrammarCompiler(
             xgrammar.TokenizerInfo.from_huggingface(
@@ -58,7 +58,17 @@ class EmbeddedDriver:
         self, requests: Sequence[Request], prompts: Sequence[list[int]]
     ) -> list[Completion]:
         began = time.perf_counter()
-        rows = [Row(x, self._matcher(x), self._encode, self._stops) for x in requests]
+        rows = [
+            Row(
+                self._stops,
+                x.max_tokens,
+                temperature=x.temperature,
+                seed=x.seed,
+                matcher=self._matcher(x),
+                encode=self._encode,
+            )
+            for x in requests
+        ]
         decode(self._model, prompts, rows, pad=self._stops[0])
         seconds = (time.perf_counter() - began) / len(requests)
         return [
@@ -101,7 +111,7 @@ class EmbeddedDriver:
         return xgrammar.GrammarMatcher(self._grammars[key])
 
 
-def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Return the ids that end a reply, the tokenizer's own first."""
     configured = model.generation_config.eos_token_id
     more = configured if isinstance(configured, list) else [configured]
