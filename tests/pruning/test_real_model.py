@@ -71,3 +71,14 @@ def test_elastic_is_sliced_in_float32(dense: nn.Module) -> None:
     ((_, hidden),) = elastic.hidden_states([plan], TOKENS)
     logits = hidden @ elastic.family.head(model).T
     assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plans_together_are_plans_alone(dense: nn.Module, dtype: torch.dtype) -> None:
+    elastic, plan = ranked(dense.to(dtype), "least_squares")
+    full = Plan.dense(family_of(dense)[1])
+    plans = [Plan((*plan.layers[:n], *full.layers[n:])) for n in (30, 20, 20, 7, 0)]
+    for index, together in elastic.hidden_states(plans, TOKENS):
+        ((_, alone),) = elastic.hidden_states([plans[index]], TOKENS)
+        assert torch.equal(together, alone)
