@@ -41,19 +41,24 @@ FEW, USUAL, MANY = 16_384, 65_536, 131_072
 SHARES = (0.7, 0.5)
 BATCH = 8
 
-# (calibration tokens, metric, ridge, share, refit)
+# (calibration tokens, metric, ridge, share, refit); obs/wifv: obs for attention, wifv for channels
 QUESTIONS: list[tuple[int, str, Ridge, float, str]] = [
     # Which metric?
     *(
         (USUAL, metric, 0.1, share, "none")
-        for metric in ("wifv", "obs", "wanda_sp", "magnitude")
+        for metric in ("wifv", "obs", "obs/wifv", "wanda_sp", "magnitude")
         for share in SHARES
     ),
+    *((FEW, metric, 0.1, 0.7, "none") for metric in ("obs", "obs/wifv", "wanda_sp")),
     # Which ridge, on many tokens and on few?
     *((USUAL, metric, "auto", share, "none") for metric in ("wifv", "obs") for share in SHARES),
     *((FEW, "wifv", ridge, 0.7, "none") for ridge in (0.1, "auto")),
     # What is left of it after the refit, on which target, and on how many tokens?
-    *((USUAL, metric, 0.1, share, "stream") for metric in ("wifv", "obs") for share in SHARES),
+    *(
+        (USUAL, metric, 0.1, share, "stream")
+        for metric in ("wifv", "obs", "obs/wifv")
+        for share in SHARES
+    ),
     (USUAL, "wifv", 0.1, 0.7, "block"),
     (FEW, "wifv", 0.1, 0.7, "stream"),
     (MANY, "wifv", 0.1, 0.7, "none"),
@@ -81,7 +86,7 @@ def main() -> None:
             bench().family,
             bench().architecture,
             measured(tokens),
-            Recipe(metric, "least_squares", ridge),
+            _recipe(metric, ridge),
         )
 
     def figures(cell: Cell) -> dict[str, Any]:
@@ -91,6 +96,11 @@ def main() -> None:
     # Cells of one ranking go together: statistics and rankings are kept one at a time.
     cells.sort(key=lambda cell: (cell["tokens"], cell["metric"], str(cell["ridge"])))
     print(_table(run_cells(RESULTS, cells, figures)))
+
+
+def _recipe(metric: str, ridge: Ridge) -> Recipe:
+    attention, _, channels = metric.rpartition("/")
+    return Recipe(channels, "least_squares", ridge, attention_metric=attention or None)
 
 
 def _table(rows: list[Row]) -> str:

@@ -71,7 +71,7 @@ def main() -> None:
             "model": config.model,
             "row": row,
             "share": share,
-            "metric": config.pruning.metric,
+            "metrics": [config.pruning.attention_metric, config.pruning.metric],
             "allocator": config.search.allocator,
         }
         for (row, share), config in configs.items()

@@ -28,6 +28,7 @@ LayerParameters = dict[str, Tensor]
 class Recipe:
     """How units are ranked and how survivors are corrected.
 
+    `metric` ranks MLP channels, and attention units where `attention_metric` is None.
     `ridge` is that of the least-squares correction and of the metric that assumes it; `auto`
     takes for each block the one with the least error on held-out calibration tokens.
     """
@@ -37,6 +38,12 @@ class Recipe:
     ridge: Ridge
     unit: AttentionUnit = "kv_group"
     seed: int = 0
+    attention_metric: str | None = None
+
+    @property
+    def metrics(self) -> tuple[str, str]:
+        """Metrics of attention units and of MLP channels."""
+        return self.attention_metric or self.metric, self.metric
 
     def for_layer(self, index: int) -> Recipe:
         """Return the recipe with a seed of the layer's own."""
@@ -50,7 +57,9 @@ class Recipe:
     @property
     def holds_out(self) -> bool:
         """Whether calibration keeps the moments of held-out tokens apart, to choose a ridge."""
-        has_ridge = self.reconstruction == "least_squares" or self.metric in REMOVAL_METRICS
+        has_ridge = self.reconstruction == "least_squares" or any(
+            metric in REMOVAL_METRICS for metric in self.metrics
+        )
         return has_ridge and self.ridge == "auto"
 
     def ridge_of(self, projection: OutputProjection) -> float:
@@ -74,7 +83,7 @@ class ElasticLayer:
         blocks = output_projections(self._dense, family, architecture, recipe.unit, statistics)
         self.ridges = (recipe.ridge_of(blocks[0]), recipe.ridge_of(blocks[1]))
         scores = unit_scores(
-            recipe.metric, *blocks, architecture, ridges=self.ridges, seed=recipe.seed
+            recipe.metrics, *blocks, architecture, ridges=self.ridges, seed=recipe.seed
         )
         self.order: Order = order_of(scores, recipe.unit)
         self._permute_inputs()

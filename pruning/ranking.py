@@ -48,7 +48,7 @@ class Order:
 
 
 def unit_scores(
-    metric: str,
+    metrics: tuple[str, str],
     attention: OutputProjection,
     mlp: OutputProjection,
     architecture: Architecture,
@@ -59,12 +59,14 @@ def unit_scores(
     """Return the importance of the units of one layer.
 
     A query head's score is the sum over its channels of the metric on the output projection
-    (O, H * head_dim); heads of a group are neighbours (head h belongs to group h // R). `ridges`
-    are those of the least-squares corrections of attention and MLP.
+    (O, H * head_dim); heads of a group are neighbours (head h belongs to group h // R). `metrics`
+    and `ridges`, those of the least-squares corrections, are of attention and of the MLP.
     """
     heads, channels = (
         channel_scores(metric, x.weight, x.statistics, x.units, ridge=ridge, seed=seed + block)
-        for block, (x, ridge) in enumerate(zip((attention, mlp), ridges, strict=True))
+        for block, (metric, x, ridge) in enumerate(
+            zip(metrics, (attention, mlp), ridges, strict=True)
+        )
     )
     shape = (architecture.kv_heads, architecture.q_per_group, architecture.head_dim)
     return UnitScores(heads.view(shape).sum(-1), channels)

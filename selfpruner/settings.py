@@ -11,6 +11,7 @@ from selfpruner.sources import REPORT_ONLY, check_source
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Count = Annotated[int, Field(ge=1)]
+Metric = Literal["magnitude", "obs", "random", "wanda_sp", "wifv"]
 Source = Annotated[str, Field(min_length=1)]
 Task = Literal[
     "boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"
@@ -63,6 +64,7 @@ class BudgetSettings(Settings):
 class PruningSettings(Settings):
     """How units are ranked, removed and made up for.
 
+    `metric` ranks MLP channels, and attention units where `attention_metric` is null.
     `ridge: auto` takes for each block the ridge with the least error on held-out calibration
     tokens. `calibration: auto` doubles the calibration tokens of a frozen ranking, up to
     `data.calibrate.tokens`, until that error falls by less than 1 %; the refit takes them all.
@@ -70,7 +72,8 @@ class PruningSettings(Settings):
     of the dense block.
     """
 
-    metric: Literal["magnitude", "obs", "random", "wanda_sp", "wifv"] = "wifv"
+    metric: Metric = "wifv"
+    attention_metric: Metric | None = None
     statistics: Literal["frozen", "sequential"] = "frozen"
     calibration: Literal["all", "auto"] = "all"
     reconstruction: Literal["none", "bias", "least_squares"] = "least_squares"

@@ -48,6 +48,7 @@ class Workbench:
             settings.ridge,
             settings.attention_unit,
             self.config.seed,
+            settings.attention_metric,
         )
 
     @property

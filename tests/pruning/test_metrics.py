@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pruning.architecture import Architecture
+from pruning.elastic_layer import Recipe
 from pruning.metrics.registry import CHANNEL_METRICS, NAMES, channel_scores
 from pruning.output_projection import OutputProjection
 from pruning.ranking import (
@@ -40,7 +41,7 @@ def _scores(name: str, weight: Tensor, x: Tensor, seed: int = 0) -> Tensor:
 
 
 def _unit_scores(
-    metric: str,
+    metric: str | tuple[str, str],
     output: Tensor,
     attention: Tensor,
     architecture: Architecture,
@@ -49,7 +50,7 @@ def _unit_scores(
     """The scores of a layer whose MLP is `WEIGHT` on `INPUTS`."""
     units = Units.attention(architecture, "kv_group")
     return unit_scores(
-        metric,
+        (metric, metric) if isinstance(metric, str) else metric,
         OutputProjection(output, _statistics(attention), units),
         OutputProjection(WEIGHT, _statistics(INPUTS), Units.mlp(architecture)),
         architecture,
@@ -135,6 +136,19 @@ def test_heads_sum_their_channels() -> None:
     scores = _unit_scores("wifv", WEIGHT, INPUTS, architecture)
     expected = [sum(_wifv(j) for j in head) for head in ((0, 1, 2), (3, 4, 5))]
     assert scores.attention.tolist() == pytest.approx(expected)
+
+
+def test_attention_may_have_a_metric_of_its_own() -> None:
+    architecture = Architecture("llama", 1, 5, 2, 2, 3, 6, 100, False)
+    alone = {x: _unit_scores(x, WEIGHT, INPUTS, architecture) for x in ("wifv", "obs")}
+    mixed = _unit_scores(("obs", "wifv"), WEIGHT, INPUTS, architecture)
+    assert torch.equal(mixed.heads, alone["obs"].heads)
+    assert torch.equal(mixed.mlp, alone["wifv"].mlp)
+    assert not torch.equal(mixed.heads, alone["wifv"].heads)
+    recipe = Recipe("wifv", "bias", "auto", attention_metric="obs")
+    assert recipe.metrics == ("obs", "wifv")
+    assert recipe.holds_out
+    assert not Recipe("wifv", "bias", "auto").holds_out
 
 
 def test_random_blocks_are_independent() -> None:
