@@ -91,7 +91,7 @@ def encode_choices(
 
 
 def choice_margins(
-    forward: Callable[[Tensor], Tensor], encoded: EncodedChoices
+    trunk: Callable[[Tensor], Tensor], head_VD: Tensor, encoded: EncodedChoices
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Margins (items,) and whether the right choice wins (items,).
 
@@ -100,14 +100,15 @@ def choice_margins(
     is the score of the right choice minus the best score of the others: positive means right.
 
     Args:
-        forward: Token ids (B, T), right-padded, to logits (B, T, V) of a causal model. Padding
-            follows the tokens, so no mask is needed.
+        trunk: Token ids (B, T), right-padded, to what enters the head (B, T, D) of a causal model.
+            Padding follows the tokens, so no mask is needed.
+        head_VD: The head; it meets scored positions only, a small share of B x T.
         encoded: From `encode_choices`.
     """
     log_probs = torch.zeros(len(encoded.characters), dtype=torch.float64)
     with torch.inference_mode():
         for batch in encoded.batches:
-            log_probs[batch.rows] = _row_log_probs(forward(batch.ids), batch)
+            log_probs[batch.rows] = _row_log_probs(trunk(batch.ids), head_VD, batch)
     scores = log_probs.numpy() / encoded.characters
     starts = np.searchsorted(encoded.item_of_row, np.arange(encoded.num_items))
     gold_rows = starts + encoded.gold
@@ -117,11 +118,11 @@ def choice_margins(
     return margins, margins > 0
 
 
-def _row_log_probs(logits_BTV: Tensor, batch: _MicroBatch) -> Tensor:
+def _row_log_probs(hidden_BTD: Tensor, head_VD: Tensor, batch: _MicroBatch) -> Tensor:
     """Summed log-probability of the scored tokens of each row, shape (B,), float64 on the CPU."""
-    device = logits_BTV.device
-    # Only scored positions are widened: a small share of B x T.
-    scored_PV = logits_BTV[batch.row.to(device), batch.position.to(device)]
+    device = hidden_BTD.device
+    hidden_PD = hidden_BTD[batch.row.to(device), batch.position.to(device)]
+    scored_PV = hidden_PD @ head_VD.T
     scored_PV = scored_PV if scored_PV.dtype == torch.float64 else scored_PV.float()
     target_P1 = batch.target.to(device)[:, None]
     chosen_P = scored_PV.gather(1, target_P1)[:, 0] - scored_PV.logsumexp(dim=1)

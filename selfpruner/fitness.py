@@ -156,13 +156,12 @@ class Fitness:
     def _margins(self, plan: Plan) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         if self._choices is None:
             raise ValueError("data.choices: got 0, want at least 1 for accuracy in the search")
-        head = self._family.head(self._dense)
 
-        def forward(tokens_BT: Tensor) -> Tensor:
+        def trunk(tokens_BT: Tensor) -> Tensor:
             (_, hidden), *_ = self._runs.hidden_states([plan], tokens_BT)
-            return hidden @ head.T
+            return hidden
 
-        return choice_margins(forward, self._choices)
+        return choice_margins(trunk, self._family.head(self._dense), self._choices)
 
 
 def _trunk(model: nn.Module, tokens_BT: Tensor) -> Tensor:

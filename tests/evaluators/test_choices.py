@@ -18,6 +18,11 @@ ITEMS = [
 ]
 
 
+def _parts(model: LlamaForCausalLM) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
+    """Return a model's trunk and head."""
+    return lambda ids: model.model(input_ids=ids).last_hidden_state, model.lm_head.weight
+
+
 def _hand_margin(model: LlamaForCausalLM, item: ChoiceItem) -> float:
     """Characters are tokens here, so every probability can be looked up one by one."""
     scores = []
@@ -35,7 +40,7 @@ def _hand_margin(model: LlamaForCausalLM, item: ChoiceItem) -> float:
 def test_equals_hand_computation(tiny_llama: Factory, tokenizer: Any, batch_size: int) -> None:
     model = tiny_llama().double()
     encoded = encode_choices(tokenizer, ITEMS, batch_size)
-    margins, correct = choice_margins(lambda ids: model(input_ids=ids).logits, encoded)
+    margins, correct = choice_margins(*_parts(model), encoded)
     with torch.no_grad():
         expected = [_hand_margin(model, item) for item in ITEMS]
     assert margins.dtype == np.float64
@@ -46,13 +51,12 @@ def test_equals_hand_computation(tiny_llama: Factory, tokenizer: Any, batch_size
 def test_sign_follows_the_distribution(tokenizer: Any) -> None:
     """A model that always expects the letter x."""
 
-    def forward(ids_BT: torch.Tensor) -> torch.Tensor:
-        logits = torch.zeros(*ids_BT.shape, 128)
-        logits[..., ord("x")] = 50.0
-        return logits
-
+    head = torch.zeros(128, 1)
+    head[ord("x")] = 50.0
     right, wrong = ChoiceItem("a", ("xx", "zz"), 0), ChoiceItem("a", ("xx", "zz"), 1)
-    margins, correct = choice_margins(forward, encode_choices(tokenizer, [right, wrong]))
+    margins, correct = choice_margins(
+        lambda ids: torch.ones(*ids.shape, 1), head, encode_choices(tokenizer, [right, wrong])
+    )
     # Both choices pay 50 for the space, per two characters; zz pays 100 more.
     assert margins.tolist() == pytest.approx([50.0, -50.0], rel=1e-5)
     assert correct.tolist() == [True, False]
@@ -61,14 +65,16 @@ def test_sign_follows_the_distribution(tokenizer: Any) -> None:
 def test_only_scored_positions_matter(tiny_llama: Factory, tokenizer: Any) -> None:
     model = tiny_llama()
     encoded = encode_choices(tokenizer, ITEMS, 3)
-    plain, _ = choice_margins(lambda ids: model(input_ids=ids).logits, encoded)
+    plain, _ = choice_margins(*_parts(model), encoded)
+
+    trunk, head = _parts(model)
 
     def spoiled(ids_BT: torch.Tensor) -> torch.Tensor:
-        logits = model(input_ids=ids_BT).logits.clone()
-        logits[ids_BT == 0] = torch.nan  # padding
-        return logits
+        hidden = trunk(ids_BT).clone()
+        hidden[ids_BT == 0] = torch.nan  # padding
+        return hidden
 
-    assert choice_margins(spoiled, encoded)[0].tolist() == plain.tolist()
+    assert choice_margins(spoiled, head, encoded)[0].tolist() == plain.tolist()
 
 
 def test_batches_pad_little(tokenizer: Any) -> None:
@@ -81,11 +87,11 @@ def test_batches_pad_little(tokenizer: Any) -> None:
 
 def test_long_rows_keep_their_end(tiny_llama: Factory, tokenizer: Any) -> None:
     model = tiny_llama()
-    forward = lambda ids: model(input_ids=ids).logits  # noqa: E731
+    parts = _parts(model)
     cut = encode_choices(tokenizer, [ChoiceItem("abcdefgh", ("x", "z"), 0)], max_tokens=5)
     assert [batch.ids.shape[1] for batch in cut.batches] == [5]
     short = encode_choices(tokenizer, [ChoiceItem("fgh", ("x", "z"), 0)])
-    assert choice_margins(forward, cut)[0] == pytest.approx(choice_margins(forward, short)[0])
+    assert choice_margins(*parts, cut)[0] == pytest.approx(choice_margins(*parts, short)[0])
 
 
 @pytest.mark.parametrize(
