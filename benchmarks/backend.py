@@ -119,7 +119,7 @@ def _figures(cell: Cell, bench: Workbench, elastic: ElasticModel, plan: Plan) ->
     model = sliced(elastic, plan)
     if cell["refit"]:
         orders = elastic.orders(plan)
-        refit(model, bench.model, bench.family, orders, bench.texts.calibrate)
+        refit([model], bench.model, bench.family, [orders], bench.texts.calibrate)
     losses = report_losses(bench, model)
     return {
         "perplexity": math.exp(statistics.fmean(losses)),

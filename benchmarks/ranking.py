@@ -166,10 +166,10 @@ def _figures(cell: Cell, bench: Workbench, elastic: ElasticModel) -> dict[str, A
     model = sliced(elastic, plan)
     if cell["refit"] != "none":
         refit(
-            model,
+            [model],
             bench.model,
             bench.family,
-            elastic.orders(plan),
+            [elastic.orders(plan)],
             _calibration(bench, cell["tokens"]),
             target=cell["refit"],
             batch_size=BATCH,

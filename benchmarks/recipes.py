@@ -118,7 +118,8 @@ def _figures(arena: Arena, progress: Progress) -> dict[str, Any]:
         folder = RunFolder.create(Path(name), bench.config)
         found = search(arena, bench.config, folder, progress)
     plan = best_on_fresh_tokens(found, arena.selection)[0].plan
-    model, refit = finish(bench, arena.prunable, plan, arena.selection, progress)
+    finished = finish(bench, arena.prunable, {DEFAULT: plan}, arena.selection, progress)
+    model, refit = finished[DEFAULT]
     losses, dense = (report_losses(bench, x) for x in (model, bench.model))
     return {
         "perplexity": math.exp(statistics.fmean(losses)),

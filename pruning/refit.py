@@ -34,6 +34,7 @@ from pruning.ranking import Order, head_rows
 from pruning.statistics import inputs_of, is_held_out
 
 RefitTarget = Literal["stream", "block"]
+Means = tuple[Tensor, Tensor, float]
 
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
 _DEAD = 1e-12  # least weight of a channel in the ridge, as a share of the mean weight
@@ -60,7 +61,7 @@ class CrossMoments:
         self.yy += float(y.square().sum(dtype=torch.float64))
         self.count += len(x)
 
-    def means(self) -> tuple[Tensor, Tensor, float]:
+    def means(self) -> Means:
         """Return E[x x'], E[y x'] in float64 and E|y|^2."""
         assert isinstance(self.xx, Tensor)
         assert isinstance(self.yx, Tensor)
@@ -77,50 +78,96 @@ class CrossMoments:
         )
 
 
+class _Prefix:
+    """A pruned model, refitted as far as it has come, and its residual stream there."""
+
+    def __init__(
+        self, model: nn.Module, family: Family, orders: Sequence[Order], embedded: Sequence[Tensor]
+    ) -> None:
+        self.ridges: list[tuple[float, float]] = []
+        self._family, self._orders = family, orders
+        self._layers = list(family.layers(model))
+        self._stream = list(embedded)
+
+    def refit_layer(
+        self,
+        dense_layer: nn.Module,
+        rotary: tuple[Tensor, Tensor],
+        dense_stream: Sequence[Tensor],
+        middle: Sequence[Tensor],
+        after: Sequence[Tensor],
+        target: RefitTarget,
+    ) -> None:
+        """Refit the next layer; the dense stream is that before, between and after its blocks."""
+        index, family = len(self.ridges), self._family
+        layer = self._layers[index]
+        o_DN, down_DN = _dense_columns(dense_layer, layer, family, self._orders[index])
+        attend = partial(run_attention, layer, rotary=rotary)
+        first = self._refit_block(
+            layer.get_submodule(family.o), attend, o_DN, dense_stream, middle, target
+        )
+        second = self._refit_block(
+            layer.get_submodule(family.down),
+            partial(run_mlp, layer),
+            down_DN,
+            middle,
+            after,
+            target,
+        )
+        self.ridges.append((first, second))
+
+    def _refit_block(
+        self,
+        linear: nn.Module,
+        run: Callable[[Tensor], Tensor],
+        dense_DN: Tensor,
+        before: Sequence[Tensor],
+        after: Sequence[Tensor],
+        target: RefitTarget,
+    ) -> float:
+        """Refit one output projection, go on to the stream after its block, return the ridge."""
+        inputs = _captured(linear, run, self._stream)
+        start = self._stream if target == "stream" else before
+        ridge = _refit_output(linear, dense_DN, inputs, start, after)
+        self._stream = _applied(linear, inputs, self._stream)
+        return ridge
+
+
 @torch.no_grad()
 def refit(
-    pruned: nn.Module,
+    pruned: Sequence[nn.Module],
     dense: nn.Module,
     family: Family,
-    orders: Sequence[Order],
+    orders: Sequence[Sequence[Order]],
     tokens_BT: Tensor,
     *,
     target: RefitTarget = "stream",
     batch_size: int = 8,
     on_layer: Callable[[int], None] = lambda _: None,
-) -> list[tuple[float, float]]:
-    """Refit all output projections of `pruned` in place; return the ridges chosen per layer.
+) -> list[list[tuple[float, float]]]:
+    """Refit all output projections of the `pruned` models in place, in one pass over `dense`.
 
-    `orders` is the ranking that `pruned` was cut by, one a layer; `target` is what every block
-    imitates.
+    `orders` are the rankings that each of them was cut by, one a layer; `target` is what every
+    block imitates. Returns for each model the ridges chosen, one pair a layer.
 
     Each ridge is the one of `RIDGES` with the least error on one micro-batch in eight (of fewer,
     the last) that the fit does not see; the final solution uses all.
     """
     device = family.head(dense).device
-    batches = [x.to(device) for x in tokens_BT.split(batch_size)]
-    dense_stream = [family.embed(dense, x) for x in batches]
-    stream = [x.clone() for x in dense_stream]
+    dense_stream = [family.embed(dense, x.to(device)) for x in tokens_BT.split(batch_size)]
     rotary = family.rotary(dense, dense_stream[0])
-    ridges = []
-    layers = zip(family.layers(dense), family.layers(pruned), orders, strict=True)
-    for index, (dense_layer, layer, order) in enumerate(layers):
-        o_DN, down_DN = _dense_columns(dense_layer, layer, family, order)
-        middle = [run_attention(dense_layer, x, rotary) for x in dense_stream]
-        after = [run_mlp(dense_layer, x) for x in middle]
-        attend = partial(run_attention, layer, rotary=rotary)
-        inputs = _captured(layer.get_submodule(family.o), attend, stream)
-        before = stream if target == "stream" else dense_stream
-        first = _refit_output(layer.get_submodule(family.o), o_DN, inputs, before, middle)
-        stream = _applied(layer.get_submodule(family.o), inputs, stream)
-        inputs = _captured(layer.get_submodule(family.down), partial(run_mlp, layer), stream)
-        before = stream if target == "stream" else middle
-        second = _refit_output(layer.get_submodule(family.down), down_DN, inputs, before, after)
-        stream = _applied(layer.get_submodule(family.down), inputs, stream)
+    prefixes = [
+        _Prefix(model, family, order, dense_stream)
+        for model, order in zip(pruned, orders, strict=True)
+    ]
+    for index, layer in enumerate(family.layers(dense)):
+        middle = [run_attention(layer, x, rotary) for x in dense_stream]
+        after = [run_mlp(layer, x) for x in middle]
+        for prefix in prefixes:
+            prefix.refit_layer(layer, rotary, dense_stream, middle, after, target)
         dense_stream = after
-        ridges.append((first, second))
         on_layer(index)
-    return ridges
+    return [prefix.ridges for prefix in prefixes]
 
 
 def _dense_columns(
@@ -171,7 +218,7 @@ def _refit_output(
     if isinstance(bias, Tensor):
         anchor = torch.cat([anchor, bias.double().unsqueeze(1)], dim=1)
     ridge = _best_ridge(anchor, fit, held_out)
-    solution = ridge_towards(anchor, fit.merged(held_out), ridge)
+    solution = RidgeFit(anchor, fit.merged(held_out)).towards(ridge)
     if isinstance(bias, Tensor):
         bias.copy_(solution[:, -1])
         solution = solution[:, :-1]
@@ -182,26 +229,34 @@ def _refit_output(
 def _best_ridge(anchor: Tensor, fit: CrossMoments, held_out: CrossMoments) -> float:
     if held_out.count == 0:
         return RIDGES[len(RIDGES) // 2]
-    return min(RIDGES, key=lambda ridge: error(ridge_towards(anchor, fit, ridge), held_out))
+    fitted, held_out_means = RidgeFit(anchor, fit), held_out.means()
+    return min(RIDGES, key=lambda ridge: error(fitted.towards(ridge), held_out_means))
 
 
-def ridge_towards(anchor: Tensor, moments: CrossMoments, ridge: float) -> Tensor:
-    """Return argmin_W E|W x - y|^2 + ridge sum_j E[x_j^2] |W_j - anchor_j|^2 in float64.
+class RidgeFit:
+    """The normal equations of one output projection, solved for any ridge, all in float64."""
 
-    Shape (D, N [+ 1]); the bias column is not damped.
-    """
-    xx, yx, _ = moments.means()
-    inputs = slice(0, xx.shape[0] - moments.with_bias)
-    weights = xx.diagonal()[inputs].clone()
-    least = _DEAD * float(weights.mean())
-    system = xx.clone()
-    system.diagonal()[inputs] += ridge * weights.clamp_min(least if least > 0 else 1.0)
-    residual = yx - anchor @ xx
-    step = torch.cholesky_solve(residual.T, torch.linalg.cholesky(system)).T
-    return anchor + step
+    def __init__(self, anchor_DN: Tensor, moments: CrossMoments) -> None:
+        self._anchor_DN = anchor_DN
+        self._xx, yx, _ = moments.means()
+        self._inputs = slice(0, self._xx.shape[0] - moments.with_bias)
+        weights = self._xx.diagonal()[self._inputs]
+        least = _DEAD * float(weights.mean())
+        self._weights = weights.clamp_min(least if least > 0 else 1.0)
+        self._residual_ND = (yx - anchor_DN @ self._xx).T
+
+    def towards(self, ridge: float) -> Tensor:
+        """Return argmin_W E|W x - y|^2 + ridge sum_j E[x_j^2] |W_j - anchor_j|^2.
+
+        Shape (D, N [+ 1]); the bias column is not damped.
+        """
+        system = self._xx.clone()
+        system.diagonal()[self._inputs] += ridge * self._weights
+        step_ND = torch.cholesky_solve(self._residual_ND, torch.linalg.cholesky(system))
+        return self._anchor_DN + step_ND.T
 
 
-def error(weight: Tensor, moments: CrossMoments) -> float:
+def error(weight: Tensor, means: Means) -> float:
     """Return E|W x - y|^2 per token, from moments alone."""
-    xx, yx, yy = moments.means()
+    xx, yx, yy = means
     return float(((weight @ xx) * weight).sum() - 2 * (weight * yx).sum()) + yy

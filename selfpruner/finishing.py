@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from agent import allocators
@@ -24,33 +25,45 @@ if TYPE_CHECKING:
 def finish(
     bench: Workbench,
     prunable: Prunable,
-    plan: Plan,
+    plans: Mapping[str, Plan],
     selection: Fitness,
     progress: Progress,
-    label: str = "refit",
-) -> tuple[PreTrainedModel, Refit | None]:
-    """Return the sliced model of `plan` and what the refit did, None where it is off.
+) -> dict[str, tuple[PreTrainedModel, Refit | None]]:
+    """Return by name the sliced model of each plan and what the refit did, None where it is off.
 
-    The refit is kept only if it lowers the fitness on selection tokens.
+    All are refitted in one pass over the dense model; the refit of each is kept only if it lowers
+    the fitness on selection tokens.
     """
-    model = sliced(prunable, plan)
+    models = {name: sliced(prunable, plan) for name, plan in plans.items()}
     if not bench.config.pruning.refit:
-        return model, None
-    before = mean_fitness(selection.of(Finished(model)), plan)
-    with progress.stage(label, bench.architecture.layers) as advance:
+        return {name: (model, None) for name, model in models.items()}
+
+    def fitness() -> dict[str, float]:
+        judged = ((name, selection.of(Finished(model))) for name, model in models.items())
+        return {name: mean_fitness(judge, plans[name]) for name, judge in judged}
+
+    before = fitness()
+    with progress.stage("refit", bench.architecture.layers) as advance:
         refit(
-            model,
+            list(models.values()),
             bench.model,
             bench.family,
-            prunable.orders(plan),
+            [prunable.orders(plan) for plan in plans.values()],
             bench.texts.calibrate,
             target=bench.config.pruning.refit_target,
             batch_size=bench.config.evaluation.batch_size,
             on_layer=lambda _: advance(),
         )
-    after = mean_fitness(selection.of(Finished(model)), plan)
-    kept = after < before
-    return model if kept else sliced(prunable, plan), Refit(kept=kept, before=before, after=after)
+    after = fitness()
+    refits = {name: _judged(before[name], after[name]) for name in plans}
+    return {
+        name: (models[name] if refits[name].kept else sliced(prunable, plan), refits[name])
+        for name, plan in plans.items()
+    }
+
+
+def _judged(before: float, after: float) -> Refit:
+    return Refit(kept=after < before, before=before, after=after)
 
 
 def best_on_fresh_tokens(found: SearchResult, selection: Fitness) -> tuple[Candidate, float]:
@@ -65,24 +78,26 @@ def mean_fitness(fitness: Fitness, plan: Plan) -> float:
     return float(fitness([plan], range(fitness.num_sequences)).mean())
 
 
-def control_models(
-    bench: Workbench, prunable: Prunable, selection: Fitness, progress: Progress
-) -> tuple[dict[str, Control], tuple[str, ...]]:
-    """Return the simple plans, finished by the same recipe; a warning where one is impossible."""
+def control_plans(bench: Workbench) -> tuple[dict[str, Plan], tuple[str, ...]]:
+    """Return the simple plans that are finished beside the found one; a warning for each missing.
+
+    One is missing where no plan of its kind is within the budget.
+    """
     makers = {"uniform": allocators.uniform, "uniform_mlp": allocators.uniform_mlp}
-    controls: dict[str, Control] = {}
+    plans: dict[str, Plan] = {}
     warnings = []
     for name in bench.config.evaluation.controls:
         try:
-            plan = bench.grid.plan(makers[name](bench.space))
+            plans[name] = bench.grid.plan(makers[name](bench.space))
         except ValueError as error:
             warnings.append(f"control {name} left out: {error}")
-            continue
-        model, _ = finish(bench, prunable, plan, selection, progress, f"control {name}")
-        controls[name] = Control(
-            parameters=judge.sizes(model)["parameters"],
-            perplexity=dict(
-                judge.perplexities(model, bench.texts.report, bench.config.evaluation.batch_size)
-            ),
-        )
-    return controls, tuple(warnings)
+    return plans, tuple(warnings)
+
+
+def control(bench: Workbench, model: PreTrainedModel) -> Control:
+    """Return what a finished control is judged by."""
+    batch_size = bench.config.evaluation.batch_size
+    return Control(
+        parameters=judge.sizes(model)["parameters"],
+        perplexity=dict(judge.perplexities(model, bench.texts.report, batch_size)),
+    )

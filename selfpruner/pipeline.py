@@ -17,7 +17,7 @@ from pruning.ranking import order_hash
 from selfpruner.arena import Arena
 from selfpruner.config import RunConfig
 from selfpruner.data import load_choice_items
-from selfpruner.finishing import best_on_fresh_tokens, control_models, finish
+from selfpruner.finishing import best_on_fresh_tokens, control, control_plans, finish
 from selfpruner.front import front
 from selfpruner.heap import share_heap
 from selfpruner.model_card import model_card
@@ -31,6 +31,9 @@ from selfpruner.workbench import Workbench, prepare, quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_FOUND = "found"
 
 
 def compress(config: RunConfig, folder: RunFolder, progress: Progress) -> Path:
@@ -56,9 +59,12 @@ def compress(config: RunConfig, folder: RunFolder, progress: Progress) -> Path:
     best = selected.plan
     points = front(arena, found, folder, progress) if config.front.targets else ()
     _write_plan(bench, prunable, best, folder)
-    model, refitted = finish(bench, prunable, best, selection, progress)
-    controls, warnings = control_models(bench, prunable, selection, progress)
-    del prunable, selection, arena
+    plans, warnings = control_plans(bench)
+    finished = finish(bench, prunable, {_FOUND: best, **plans}, selection, progress)
+    model, refitted = finished.pop(_FOUND)
+    with progress.stage("controls"):
+        controls = {name: control(bench, x) for name, (x, _) in finished.items()}
+    del prunable, selection, arena, finished
     pruned = export(model, bench.tokenizer, folder.model, getattr(torch, config.export.dtype))
     _check_export(pruned, folder.model, bench)
     outcome = Outcome(selected, found, fitness, refitted, controls, warnings, points)

@@ -15,7 +15,7 @@ from torch import Tensor
 from pruning.families import family_of
 from pruning.plan import Plan
 from pruning.ranking import Order
-from pruning.refit import RIDGES, CrossMoments, error, refit, ridge_towards
+from pruning.refit import RIDGES, CrossMoments, RidgeFit, error, refit
 from pruning.slicing import sliced
 
 Array = NDArray[np.float64]
@@ -56,10 +56,10 @@ def _before(weight: Array, with_bias: bool) -> Tensor:
 
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("ridge", [1e-3, 0.1, 10.0])
-def test_ridge_towards_is_the_direct_solution(ridge: float, with_bias: bool) -> None:
+def test_a_ridge_fit_is_the_direct_solution(ridge: float, with_bias: bool) -> None:
     x, y, weight = _data()
     before = _before(weight, with_bias)
-    found = ridge_towards(before, _moments(x, y, with_bias), ridge)
+    found = RidgeFit(before, _moments(x, y, with_bias)).towards(ridge)
     expected = _direct(x, y, weight, ridge, with_bias)
     assert np.allclose(found.numpy(), expected, rtol=1e-8, atol=1e-8)
 
@@ -67,17 +67,17 @@ def test_ridge_towards_is_the_direct_solution(ridge: float, with_bias: bool) -> 
 def test_the_ridge_is_blind_to_the_scale_of_a_channel() -> None:
     x, y, weight = _data()
     scales = np.array([1e-3, 1.0, 50.0, 1.0, 1.0, 2.0])
-    plain = ridge_towards(torch.tensor(weight), _moments(x, y, False), 0.3).numpy()
-    found = ridge_towards(torch.tensor(weight / scales), _moments(x * scales, y, False), 0.3)
+    plain = RidgeFit(torch.tensor(weight), _moments(x, y, False)).towards(0.3).numpy()
+    found = RidgeFit(torch.tensor(weight / scales), _moments(x * scales, y, False)).towards(0.3)
     assert np.allclose(found.numpy() * scales, plain, rtol=1e-9, atol=1e-9)
 
 
 def test_a_dead_channel_keeps_its_weight() -> None:
     x, y, weight = _data()
     x[:, 2] = 0.0
-    found = ridge_towards(torch.tensor(weight), _moments(x, y, False), 0.3).numpy()
+    found = RidgeFit(torch.tensor(weight), _moments(x, y, False)).towards(0.3).numpy()
     assert np.array_equal(found[:, 2], weight[:, 2])
-    still = ridge_towards(torch.tensor(weight), _moments(0 * x, y, False), 0.3).numpy()
+    still = RidgeFit(torch.tensor(weight), _moments(0 * x, y, False)).towards(0.3).numpy()
     assert np.array_equal(still, weight)
 
 
@@ -85,23 +85,25 @@ def test_a_dead_channel_keeps_its_weight() -> None:
 def test_limits_of_the_ridge(with_bias: bool) -> None:
     x, y, weight = _data()
     moments, before = _moments(x, y, with_bias), _before(weight, with_bias)
-    stiff = ridge_towards(before, moments, 1e9).numpy()
+    stiff = RidgeFit(before, moments).towards(1e9).numpy()
     assert np.allclose(stiff[:, :6], weight, atol=1e-6)
     if with_bias:  # free of damping: it takes the mean residual
         assert np.allclose(stiff[:, 6], (y - x @ weight.T).mean(0), atol=1e-5)
-    free = ridge_towards(before, moments, 1e-12).numpy()
+    free = RidgeFit(before, moments).towards(1e-12).numpy()
     assert np.allclose(free, _direct(x, y, weight, 0.0, with_bias), atol=1e-6)
 
 
 def test_error_is_explicit() -> None:
     x, y, weight = _data()
     by_hand = sum(float(((weight @ a - b) ** 2).sum()) for a, b in zip(x, y, strict=True)) / len(x)
-    assert error(torch.tensor(weight), _moments(x, y, False)) == pytest.approx(by_hand, rel=1e-10)
+    assert error(torch.tensor(weight), _moments(x, y, False).means()) == pytest.approx(
+        by_hand, rel=1e-10
+    )
     with_bias = np.hstack([weight, np.full((4, 1), 0.5)])
     shifted = sum(
         float(((weight @ a + 0.5 - b) ** 2).sum()) for a, b in zip(x, y, strict=True)
     ) / len(x)
-    found = error(torch.tensor(with_bias), _moments(x, y, True))
+    found = error(torch.tensor(with_bias), _moments(x, y, True).means())
     assert found == pytest.approx(shifted, rel=1e-10)
 
 
@@ -143,8 +145,8 @@ def test_refit_repairs_the_residual_stream(
     before = _stream_errors(capture, dense, small, tokens)
     names = set(dict(small.named_parameters()))
     seen: list[int] = []
-    ridges = refit(
-        small, dense, family_of(dense)[0], orders, tokens, batch_size=2, on_layer=seen.append
+    (ridges,) = refit(
+        [small], dense, family_of(dense)[0], [orders], tokens, batch_size=2, on_layer=seen.append
     )
     after = _stream_errors(capture, dense, small, tokens)
     assert all(late < early for late, early in zip(after, before, strict=True))
@@ -157,7 +159,7 @@ def test_only_output_projections_change(make_model: Any, rank: Any, make_tokens:
     dense, small, orders = _pruned(make_model, rank, "qwen2", "bias")
     before = {name: x.clone() for name, x in small.named_parameters()}
     dense_before = {name: x.clone() for name, x in dense.named_parameters()}
-    refit(small, dense, family_of(dense)[0], orders, make_tokens(16, 16), batch_size=2)
+    refit([small], dense, family_of(dense)[0], [orders], make_tokens(16, 16), batch_size=2)
     for name, parameter in small.named_parameters():
         is_output = "o_proj" in name or "down_proj" in name
         assert torch.equal(parameter, before[name]) != is_output, name
@@ -173,7 +175,7 @@ def test_a_dense_copy_stays_put(make_model: Any, make_tokens: Any, fields: dict[
     heads = torch.arange(architecture.heads).view(architecture.kv_heads, -1)
     groups, channels = torch.arange(architecture.kv_heads), torch.arange(architecture.mlp)
     orders = [Order(groups, heads, channels)] * architecture.layers
-    refit(copied, dense, family, orders, make_tokens(16, 16), batch_size=2)
+    refit([copied], dense, family, [orders], make_tokens(16, 16), batch_size=2)
     for one, other in zip(copied.parameters(), dense.parameters(), strict=True):
         assert torch.allclose(one, other, rtol=0, atol=1e-6)
 
@@ -208,7 +210,7 @@ def test_every_block_is_the_direct_solution(
     tokens, with_bias = make_tokens(16, 16), reconstruction == "bias"
     before = [linear.weight.detach().clone().numpy() for linear in _outputs(small)]
     family = family_of(dense)[0]
-    chosen = refit(small, dense, family, orders, tokens, target=target, batch_size=2)
+    (chosen,) = refit([small], dense, family, [orders], tokens, target=target, batch_size=2)
     ridges = [ridge for pair in chosen for ridge in pair]
     blocks = _blocks(capture, dense, small, tokens, target)
     for linear, (x, y), old, ridge in zip(_outputs(small), blocks, before, ridges, strict=True):
@@ -227,7 +229,7 @@ def test_the_refit_takes_the_place_of_the_correction(
     models = []
     for reconstruction in ("bias", "least_squares"):
         dense, small, orders = _pruned(make_model, rank, "qwen3", reconstruction, unit)
-        refit(small, dense, family_of(dense)[0], orders, make_tokens(16, 16), batch_size=2)
+        refit([small], dense, family_of(dense)[0], [orders], make_tokens(16, 16), batch_size=2)
         models.append(small)
     for one, other in zip(*(x.parameters() for x in models), strict=True):
         assert torch.allclose(one, other, rtol=0, atol=1e-5)
@@ -241,7 +243,7 @@ def test_ridges_do_best_on_held_out_tokens(
     dense, small, orders = _pruned(make_model, rank, "llama", reconstruction)
     tokens, with_bias = make_tokens(16, 16), reconstruction == "bias"
     before = [linear.weight.detach().clone().numpy() for linear in _outputs(small)]
-    chosen = refit(small, dense, family_of(dense)[0], orders, tokens, batch_size=2)
+    (chosen,) = refit([small], dense, family_of(dense)[0], [orders], tokens, batch_size=2)
     blocks, seen = _blocks(capture, dense, small, tokens), 14 * 16
     for (x, y), old, ridge in zip(
         blocks, before, [r for pair in chosen for r in pair], strict=True
@@ -254,5 +256,23 @@ def test_ridges_do_best_on_held_out_tokens(
 
 def test_one_batch_has_nothing_to_hold_out(make_model: Any, rank: Any, make_tokens: Any) -> None:
     dense, small, orders = _pruned(make_model, rank, "llama", "bias")
-    ridges = refit(small, dense, family_of(dense)[0], orders, make_tokens(4, 16), batch_size=8)
+    (ridges,) = refit(
+        [small], dense, family_of(dense)[0], [orders], make_tokens(4, 16), batch_size=8
+    )
     assert ridges == [(0.3, 0.3)] * 3
+
+
+def test_several_models_are_refitted_as_each_alone(
+    make_model: Any, rank: Any, make_tokens: Any
+) -> None:
+    dense = make_model("qwen2")
+    family, elastic, tokens = family_of(dense)[0], rank(dense, "bias"), make_tokens(16, 16)
+    plans = [UNEVEN, Plan.from_json([[1, 2, 48], [2, 2, 16], [4, 2, 32]])]
+    orders = [elastic.orders(plan) for plan in plans]
+    together = [sliced(elastic, plan) for plan in plans]
+    ridges = refit(together, dense, family, orders, tokens, batch_size=2)
+    for plan, order, model, chosen in zip(plans, orders, together, ridges, strict=True):
+        alone = sliced(elastic, plan)
+        assert refit([alone], dense, family, [order], tokens, batch_size=2) == [chosen]
+        for one, other in zip(model.parameters(), alone.parameters(), strict=True):
+            assert torch.equal(one, other)
