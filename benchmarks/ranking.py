@@ -4,8 +4,8 @@
 
 Report 32,768 tokens at length 512. Without a data folder all text is the packaged passages,
 disjoint documents; with one, calibration is C4 and the report WikiText-2 test. Each row has the
-heuristic plan on its own least-squares cut errors. Not every combination: each question has its
-rows, the others at what was best before.
+heuristic plan on its own least-squares cut errors, some a uniform one. Not every combination: each
+question has its rows, the others at what was best before.
 """
 
 from __future__ import annotations
@@ -64,6 +64,14 @@ QUESTIONS: list[tuple[int, str, Ridge, float, str]] = [
     (MANY, "wifv", 0.1, 0.7, "none"),
     (MANY, "wifv", 0.1, 0.7, "stream"),
 ]
+# The same at 0.7, uncorrected by a refit, under plans that no cut error has chosen.
+UNIFORM = {"uniform": allocators.uniform, "uniform_mlp": allocators.uniform_mlp}
+UNIFORM_QUESTIONS = [
+    (tokens, metric, plan)
+    for tokens in (FEW, USUAL)
+    for metric in ("wifv", "obs", "obs/wifv", "wanda_sp")
+    for plan in UNIFORM
+]
 
 
 def main() -> None:
@@ -75,7 +83,14 @@ def main() -> None:
     quiet_libraries()
     texts = "passages" if root is None else "c4, wikitext2"
     names = ("tokens", "metric", "ridge", "share", "refit")
-    cells = [{"texts": texts, **dict(zip(names, row, strict=True))} for row in QUESTIONS]
+    cells: list[Cell] = [
+        {"texts": texts, **dict(zip(names, row, strict=True))} for row in QUESTIONS
+    ]
+    cells += [
+        dict(zip(names, (tokens, metric, 0.1, 0.7, "none"), strict=True))
+        | {"texts": texts, "plan": plan}
+        for tokens, metric, plan in UNIFORM_QUESTIONS
+    ]
     bench = cache(lambda: _bench(root))
     measured = lru_cache(1)(lambda tokens: _statistics(bench(), tokens))
 
@@ -106,19 +121,24 @@ def _recipe(metric: str, ridge: Ridge) -> Recipe:
 def _table(rows: list[Row]) -> str:
     """Return perplexities, and log perplexities minus those of what was the default, paired."""
     lines = [
-        "| kept | refit | tokens | metric | ridge | perplexity | log perplexity minus wifv, 0.1 |",
-        "|---:|---|---:|---|---:|---:|---:|",
+        "| kept | plan | refit | tokens | metric | ridge | perplexity | log, minus wifv, 0.1 |",
+        "|---:|---|---|---:|---|---:|---:|---:|",
     ]
     before = {"tokens": USUAL, "metric": "wifv", "ridge": 0.1, "refit": "none"}
-    for row in sorted(rows, key=lambda x: (-x["cell"]["share"], x["cell"]["refit"])):
+
+    def place(row: Row) -> tuple[float, str, str]:
+        cell = row["cell"]
+        return -cell["share"], cell.get("plan", ""), cell["refit"]
+
+    for row in sorted(rows, key=place):
         cell, losses = row["cell"], row["figures"]["losses"]
         rival = next(x for x in rows if x["cell"] == {**cell, **before})
         gaps = [a - b for a, b in zip(losses, rival["figures"]["losses"], strict=True)]
         error = statistics.stdev(gaps) / math.sqrt(len(gaps))
         lines.append(
-            f"| {cell['share']} | {cell['refit']} | {cell['tokens']} | {cell['metric']} | "
-            f"{cell['ridge']} | {row['figures']['perplexity']:.2f} | "
-            f"{statistics.fmean(gaps):+.4f} ± {error:.4f} |"
+            f"| {cell['share']} | {cell.get('plan', 'heuristic')} | {cell['refit']} | "
+            f"{cell['tokens']} | {cell['metric']} | {cell['ridge']} | "
+            f"{row['figures']['perplexity']:.2f} | {statistics.fmean(gaps):+.4f} ± {error:.4f} |"
         )
     return "\n".join(lines)
 
@@ -154,15 +174,18 @@ def _statistics(bench: Workbench, tokens: int) -> list[LayerStatistics]:
     return list(stream_statistics(bench.model, bench.family, text, BATCH, hold_out=True))
 
 
-def _plan(bench: Workbench, elastic: ElasticModel, share: float) -> Plan:
-    """Return the heuristic plan on the model's own least-squares cut errors."""
-    budget = Budget.of(bench.architecture, bench.grid, "parameters", share)
+def _plan(bench: Workbench, elastic: ElasticModel, cell: Cell) -> Plan:
+    """Return the cell's plan; the heuristic one is on the model's own least-squares cut errors."""
+    budget = Budget.of(bench.architecture, bench.grid, "parameters", cell["share"])
+    space = replace(bench, budget=budget).space
+    if "plan" in cell:
+        return bench.grid.plan(UNIFORM[cell["plan"]](space))
     errors = [layer.cut_errors(bench.grid) for layer in elastic.layers]
-    return bench.grid.plan(allocators.heuristic(replace(bench, budget=budget).space, errors))
+    return bench.grid.plan(allocators.heuristic(space, errors))
 
 
 def _figures(cell: Cell, bench: Workbench, elastic: ElasticModel) -> dict[str, Any]:
-    plan = _plan(bench, elastic, cell["share"])
+    plan = _plan(bench, elastic, cell)
     model = sliced(elastic, plan)
     if cell["refit"] != "none":
         refit(
