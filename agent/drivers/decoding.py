@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -107,6 +108,7 @@ def decode(model: Any, prompts: Sequence[list[int]], rows: Sequence[Row], pad: i
     new = [[*prompt, *row.forced()] for prompt, row in zip(prompts, rows, strict=True)]
     mask_NS = torch.zeros((len(rows), 0), dtype=torch.long)
     cache = None
+    last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     with _fast_attention(model):
         while not all(row.ended for row in rows):
             ids_NT, mask_NT = _padded(new, pad)
@@ -118,7 +120,7 @@ def decode(model: Any, prompts: Sequence[list[int]], rows: Sequence[Row], pad: i
                 position_ids=positions_NS[:, -ids_NT.shape[1] :].to(model.device),
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
+                **last,
             )
             cache = output.past_key_values
             logits_NV = output.logits[:, -1].to("cpu", torch.float32)
