@@ -63,15 +63,17 @@ def _costs(weight_ON: Tensor, inverse_NN: Tensor, size: int) -> Tensor:
     blocks = inverse_NN.unflatten(0, (-1, size)).unflatten(2, (-1, size))
     blocks_ACC = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     weight_ACO: Tensor = weight_ON.T.unflatten(0, (-1, size))
-    solved: Tensor = torch.linalg.solve(blocks_ACC, weight_ACO)
-    return weight_ACO.mul(solved).sum((1, 2))
+    factors_ACC = torch.linalg.cholesky(blocks_ACC)
+    half_ACO: Tensor = torch.linalg.solve_triangular(factors_ACC, weight_ACO, upper=False)
+    return half_ACO.square().sum((1, 2))
 
 
 def _without(weight_ON: Tensor, inverse_NN: Tensor, staying_N: Tensor) -> tuple[Tensor, Tensor]:
     """Return W and H^-1 of the channels that stay, updated for the loss of the others."""
     gone = ~staying_N
     rows = inverse_NN[gone]
-    transfer = torch.linalg.solve(rows[:, gone], rows[:, staying_N])
+    factor = torch.linalg.cholesky(rows[:, gone])
+    transfer = torch.cholesky_solve(rows[:, staying_N], factor)
     weight = weight_ON[:, staying_N] - weight_ON[:, gone] @ transfer
     kept = inverse_NN[staying_N][:, staying_N]
     return weight, kept.addmm_(rows[:, staying_N].T, transfer, alpha=-1)
