@@ -21,6 +21,8 @@ from selfpruner.workbench import Workbench
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    FinishedPlan = tuple[PreTrainedModel, Refit | None]
+
 
 def finish(
     bench: Workbench,
@@ -28,7 +30,7 @@ def finish(
     plans: Mapping[str, Plan],
     selection: Fitness,
     progress: Progress,
-) -> dict[str, tuple[PreTrainedModel, Refit | None]]:
+) -> dict[str, FinishedPlan]:
     """Return by name the sliced model of each plan and what the refit did, None where it is off.
 
     All are refitted in one pass over the dense model; the refit of each is kept only if it lowers
@@ -94,10 +96,18 @@ def control_plans(bench: Workbench) -> tuple[dict[str, Plan], tuple[str, ...]]:
     return plans, tuple(warnings)
 
 
-def control(bench: Workbench, model: PreTrainedModel) -> Control:
-    """Return what a finished control is judged by."""
+def judged_controls(
+    bench: Workbench, finished: Mapping[str, FinishedPlan], progress: Progress
+) -> dict[str, Control]:
+    """Return what the finished controls are judged by."""
+    if not finished:
+        return {}
     batch_size = bench.config.evaluation.batch_size
-    return Control(
-        parameters=judge.sizes(model)["parameters"],
-        perplexity=dict(judge.perplexities(model, bench.texts.report, batch_size)),
-    )
+    with progress.stage("controls"):
+        return {
+            name: Control(
+                parameters=judge.sizes(model)["parameters"],
+                perplexity=dict(judge.perplexities(model, bench.texts.report, batch_size)),
+            )
+            for name, (model, _) in finished.items()
+        }

@@ -17,7 +17,7 @@ from pruning.ranking import order_hash
 from selfpruner.arena import Arena
 from selfpruner.config import RunConfig
 from selfpruner.data import load_choice_items
-from selfpruner.finishing import best_on_fresh_tokens, control, control_plans, finish
+from selfpruner.finishing import best_on_fresh_tokens, control_plans, finish, judged_controls
 from selfpruner.front import front
 from selfpruner.heap import share_heap
 from selfpruner.model_card import model_card
@@ -62,8 +62,7 @@ def compress(config: RunConfig, folder: RunFolder, progress: Progress) -> Path:
     plans, warnings = control_plans(bench)
     finished = finish(bench, prunable, {_FOUND: best, **plans}, selection, progress)
     model, refitted = finished.pop(_FOUND)
-    with progress.stage("controls"):
-        controls = {name: control(bench, x) for name, (x, _) in finished.items()}
+    controls = judged_controls(bench, finished, progress)
     del prunable, selection, arena, finished
     pruned = export(model, bench.tokenizer, folder.model, getattr(torch, config.export.dtype))
     _check_export(pruned, folder.model, bench)
