@@ -60,7 +60,7 @@ soak: $(STAMP)  ## kill and resume searches many times, and the demo itself (15 
 bench-cost: $(STAMP)  ## what scoring a plan costs, beside a full forward pass (1 hour)
 	$(BIN)/python -m benchmarks.cost $(ARGS)
 
-bench-search: $(STAMP)  ## every allocator at equal evaluations, five seeds, two budgets (1 hour)
+bench-search: $(STAMP)  ## every allocator at equal evaluations, five seeds, two budgets (1 to 2 hours)
 	$(BIN)/python -m benchmarks.search $(ARGS)
 
 bench-backend: $(STAMP)  ## recipes side by side (ARGS='--data-root DIR' for C4 and WikiText-2)
