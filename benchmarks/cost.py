@@ -41,6 +41,16 @@ SHARE = 0.7
 OFFSPRING = 4
 WAYS = ("plain", "slices", "trie", "raced")
 
+# Other ways to race, replayed on the record: sequences seen after each round, of 32, and bounds.
+FINE = (3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32)
+STEPS = {
+    "4, 8, 16, 32": (4, 8, 16, 32),
+    "2, 4, 8, 16, 32": (2, 4, 8, 16, 32),
+    "fine from 3": FINE,
+    "fine from 4": FINE[1:],
+}
+BOUNDS = (3.0, 2.0, 1.5, 1.0, 0.5)
+
 
 def main() -> None:
     """Run the cells that are missing and print the tables."""
@@ -65,6 +75,7 @@ def main() -> None:
     ]
     timed = run_cells(RESULTS, cells, lambda c: _timed(scene(), rows, c))
     print(_told(rows, timed))
+    print(f"\n{_raced(rows)}")
 
 
 class Scene:
@@ -185,6 +196,26 @@ def _timed(scene: Scene, rows: Sequence[Row], cell: Cell) -> dict[str, Any]:
         count = ways[name]()
         seconds[name] = (time.perf_counter() - start) / count
     return {"seconds": seconds, "share": seen[0] / (len(plans) * len(sequences))}
+
+
+def _raced(rows: Sequence[Row]) -> str:
+    """Return what each way to race would have kept, lost and scored."""
+    tables = [np.array(x["figures"]["values"]) for x in rows]
+    least = [mean(np.array(x["figures"]["survivor_values"])) for x in rows]
+    lines = [
+        "| rounds | bound | same survivor | most KL lost | mean KL lost | pairs scored |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, seen in STEPS.items():
+        for bound in BOUNDS:
+            settings = RacingSettings(rounds=tuple(x / seen[-1] for x in seen), bound=bound)
+            found = replay(tables, settings)
+            losses = [100 * x / y for x, y in zip(found.losses, least, strict=True)]
+            lines.append(
+                f"| {name} | {bound:g} | {100 * found.agreement:.1f} % | {max(losses):.2f} % | "
+                f"{statistics.fmean(losses):.3f} % | {100 * found.share:.1f} % |"
+            )
+    return "\n".join(lines)
 
 
 def _told(rows: Sequence[Row], timed: Sequence[Row]) -> str:
