@@ -86,6 +86,15 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _windows_compare_ratios(self) -> Self:
+        if self.search.window is not None and self.fitness.get("accuracy"):
+            raise ValueError(
+                f"search.window: got {self.search.window}; allowed beside the accuracy fitness: "
+                "null, because plans of different windows are compared by ratios"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _proposals_have_a_driver(self) -> Self:
         if self.search.asks_llm and self.driver.kind == "none":
             name = self.search.allocator

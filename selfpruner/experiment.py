@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import cache, partial
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from agent.candidate import Candidate
+from agent.graph import SearchResult
 from agent.ledger import Ledger
 from prompts.library import load_strategy
 from selfpruner.arena import Arena
@@ -229,32 +231,19 @@ def _figures(arena: Arena, folder: RunFolder, progress: Progress) -> Figures:
         "duplicates": found.duplicates,
         "origins": found.origins,
         "seconds": round(found.seconds, 1),
-        "steps": [
-            {
-                "evaluations": _evaluations_until(ledger, x),
-                "tokens": _tokens_until(ledger, x),
-                "fitness": x.fitness,
-                "selection_fitness": mean_fitness(arena.selection, x.plan),
-            }
-            for x in _improvements(ledger)
-        ],
+        "steps": list(_steps(found, arena, ledger)),
     }
 
 
-def _improvements(ledger: Ledger) -> list[Candidate]:
-    """Return the complete candidates that were the best when they were scored."""
-    kept: list[Candidate] = []
-    for candidate in ledger.candidates():
-        if candidate.is_complete and (not kept or candidate.fitness < kept[-1].fitness):
-            kept.append(candidate)
-    return kept
-
-
-def _evaluations_until(ledger: Ledger, candidate: Candidate) -> float:
-    """Return the full evaluations that scoring took up to this candidate."""
-    return float(sum(x.charge for x in ledger.candidates() if x.id <= candidate.id))
-
-
-def _tokens_until(ledger: Ledger, candidate: Candidate) -> int:
-    """Return the tokens spent when the candidate's generation was scored."""
-    return sum(x.tokens for x in ledger.lines() if x.generation <= candidate.generation)
+def _steps(found: SearchResult, arena: Arena, ledger: Ledger) -> Iterator[dict[str, Any]]:
+    """Yield every change of the plan that led, at the price of the generations up to it."""
+    changes = [next(same) for _, same in groupby(found.leaders, key=lambda x: x[1].id)]
+    plans = list(dict.fromkeys(x.plan for _, x in changes))
+    fresh = dict(zip(plans, mean_fitness(arena.selection, plans), strict=True))
+    for generation, candidate in changes:
+        yield {
+            "evaluations": float(ledger.equivalents(before=generation + 1)),
+            "tokens": sum(x.tokens for x in ledger.lines() if x.generation <= generation),
+            "fitness": candidate.fitness,
+            "selection_fitness": fresh[candidate.plan],
+        }
