@@ -91,7 +91,7 @@ class MemoryModel:
             statistics += shapes.over_layers(lambda _, x: 8 * x * x)
         tokens = self.config.data.calibrate.tokens
         return replace(
-            self._ranked,
+            self._elastic,
             statistics=statistics + 8.0 * shapes.outputs * n,
             streams=2 * self._stream(tokens),
             working=self._activations(self.config.data.length, float32=True),
@@ -165,16 +165,24 @@ class MemoryModel:
         return self._shapes.over_layers(lambda o, n: BYTES[self.dense.precision] * o * n)
 
     @property
-    def _ranked(self) -> Memory:
-        """What stays from the calibration to the end of the refit."""
-        weights = self.dense.weight_bytes
-        if self.config.pruning.statistics == "sequential":  # the parameters of the last plan
-            return Memory(weights=weights, copies=self.pruned.block_bytes)
+    def _elastic(self) -> Memory:
+        """What the elastic model of all layers keeps beside the dense one."""
         # 4 N^2 for the factor or the moments, 4 O N for the weights, once more for their product.
         per_weight = 8 if self._corrects else 4
         corrections = self._shapes.over_layers(lambda o, n: 4 * n * n + per_weight * o * n)
         copies = self.dense.block_bytes - self._output_bytes
-        return Memory(weights=weights, copies=copies, corrections=corrections)
+        return Memory(self.dense.weight_bytes, copies=copies, corrections=corrections)
+
+    @property
+    def _ranked(self) -> Memory:
+        """What stays from the calibration to the end of the refit.
+
+        A sequential ranking builds the elastic model too, for its cut errors, and lets it go; then
+        it keeps the parameters of the last plan.
+        """
+        if self.config.pruning.statistics == "sequential":
+            return Memory(self.dense.weight_bytes, copies=self.pruned.block_bytes)
+        return self._elastic
 
     @property
     def _judging(self) -> float:
