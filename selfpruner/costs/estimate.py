@@ -92,8 +92,8 @@ class CostEstimate:
         return max(self.stages, key=lambda stage: stage.memory.total)
 
     def too_large(self) -> list[StageCost]:
-        """Return the stages that do not fit the devices there are."""
-        return [x for x in self.stages if x.devices_needed > self.hardware.devices]
+        """Return the stages that do not fit one device, which is all that the program uses."""
+        return [stage for stage in self.stages if stage.devices_needed > 1]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data: bytes, seconds, tokens, money in the hardware's currency."""

@@ -11,7 +11,7 @@ from selfpruner.notation import MISSING, duration, short, size, whole
 if TYPE_CHECKING:
     from rich.table import Table
 
-COLUMNS = ("stage", "time", "peak memory", "devices", "tokens", "LLM tokens", "cost")
+COLUMNS = ("stage", "time", "peak memory", "devices needed", "tokens", "LLM tokens", "cost")
 
 ASSUMPTIONS = (
     "Time of a piece of work is the longest of operations over the share of the peak that is "
@@ -21,24 +21,25 @@ ASSUMPTIONS = (
     "From the calibration to the end of the refit the corrections of every layer are held, "
     "4 N² + 8 O N bytes for an output projection (O, N), without least squares 4 N² + 4 O N; Gram "
     "matrices are those of one layer at a time.",
-    "Every evaluation counts in full and every plan cuts every block anew; branches that plans "
-    "share, limits of the search and stops for the LLM are left out.",
+    "Every evaluation counts in full. Cuts of a plan that fit the cache of 512 MiB are solved once "
+    "a level, others for every plan and micro-batch. Branches that plans share and the limits of "
+    "the search on calls, tokens, money and time are left out.",
     "Plans cost what the budget leaves of the blocks, in parameters, operations and bytes alike.",
     "Tokens of the LLM are those of the first prompt and of half the longest reply, a quarter more "
     "for repairs; tokens of tasks are those of SmolLM2's tokenizer.",
-    "Downloads and waiting for a machine are not in it.",
+    "Prices, shares of the peak, seconds of the start and of a layer are examples in the hardware "
+    "file, to be edited. Downloads and waiting for a machine are not in it.",
 )
 
 
 def header(found: CostEstimate) -> list[str]:
     """Return what is pruned, to what, and where."""
     machine = found.hardware
-    count = f"{machine.devices} x " if machine.devices > 1 else ""
     return [
         f"{found.model}: {whole(found.parameters_dense)} parameters "
         f"({size(found.weight_bytes)}) to {whole(found.parameters_pruned)} "
         f"({size(found.export_bytes)} exported)",
-        f"{count}{machine.description}, {size(machine.usable_bytes)} usable each; "
+        f"{_machines(found)}, {size(machine.usable_bytes)} usable each; "
         f"{whole(found.evaluations)} evaluations, {whole(found.llm_calls)} calls of the LLM",
     ]
 
@@ -60,22 +61,23 @@ def rows(found: CostEstimate) -> list[tuple[str, ...]]:
 
 
 def notes(found: CostEstimate) -> list[str]:
-    """Return what does not fit and what would, one line each; nothing where all fits."""
+    """Return what does not fit one device and what would, one line each; nothing where all fits."""
     large, machine = found.too_large(), found.hardware
     if not large:
         return []
     peak = max(large, key=lambda stage: stage.memory.total)
-    streamed = max(found.stages, key=lambda stage: stage.streamed.total)
-    fewer = devices_needed(streamed.streamed.total, machine)
+    streamed = max(found.stages, key=lambda stage: stage.streamed.total).streamed.total
+    enough = peak.devices_needed <= machine.devices
+    verdict = f", the {machine.devices} asked for are {'enough' if enough else 'too few'}"
     return [
-        f"Does not fit: {', '.join(x.name for x in large)}. {peak.name} holds "
-        f"{size(peak.memory.total)} ({_parts(peak)}), {machine.devices} x {machine.description} "
-        f"{size(machine.devices * machine.usable_bytes)}.",
-        f"It would fit {peak.devices_needed} such devices (a split over devices is not built), or "
-        f"one with {math.ceil(peak.memory.total / 2**30 + machine.reserved_gib)} GiB.",
+        f"Does not fit one device: {', '.join(x.name for x in large)}. {peak.name} holds "
+        f"{size(peak.memory.total)} ({_parts(peak)}), one {machine.description} "
+        f"{size(machine.usable_bytes)}.",
+        f"{peak.devices_needed} such devices would hold it if the model were split over them (not "
+        f"built){verdict if machine.devices > 1 else ''}; or one with "
+        f"{math.ceil(peak.memory.total / 2**30 + machine.reserved_gib)} GiB.",
         f"If the corrections of one layer at a time were held (not built), the peak would be "
-        f"{size(streamed.streamed.total)} in {streamed.name}: {fewer} such "
-        f"{'device' if fewer == 1 else 'devices'}.",
+        f"{size(streamed)}: devices needed {devices_needed(streamed, machine)}.",
     ]
 
 
@@ -99,7 +101,7 @@ def rich_table(found: CostEstimate) -> Table:
     """Return the table for a terminal; stages that do not fit are red."""
     from rich.table import Table
 
-    table = Table(caption=None, title=None)
+    table = Table()
     for index, column in enumerate(COLUMNS):
         table.add_column(column, justify="left" if index == 0 else "right")
     large = {stage.name for stage in found.too_large()}
@@ -137,6 +139,12 @@ def _row(stage: StageCost, found: CostEstimate) -> tuple[str, ...]:
         short(stage.llm_tokens) if stage.llm_tokens else MISSING,
         f"{_money(stage.money)} {found.hardware.price.currency}",
     )
+
+
+def _machines(found: CostEstimate) -> str:
+    machine = found.hardware
+    count = f"{machine.devices} x " if machine.devices > 1 else ""
+    return f"{count}{machine.description}"
 
 
 def _about(seconds: float) -> str:

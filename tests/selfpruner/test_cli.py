@@ -91,6 +91,17 @@ def test_plan_loads_nothing_heavy_and_tells_plain_lines() -> None:
     assert lines[-1] == "0 []"
 
 
+def test_plan_draws_a_table_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    result = run("plan", str(CONFIGS / "llama2_13b.yaml"))
+    assert result.exit_code == 0
+    assert "┡━" in result.stdout
+    assert "\x1b[31mrefit" in result.stdout
+    assert "\x1b[31mload" not in result.stdout
+    assert "of one layer at a time were held (not built)" in " ".join(result.stdout.split())
+
+
 def test_plan_prints_json() -> None:
     result = run("plan", DEMO, "--hardware", "h200", "--devices", "2", "--full", "--json")
     assert result.exit_code == 0

@@ -64,8 +64,8 @@ def test_seventy_billion_parameters_are_138_gigabytes_and_fit_no_device(
     held = 80 * sum(4 * n * n + 8 * 8192 * n for n in (8192, 28672))
     assert stage(found, "search").memory.corrections == held
     text = "\n".join(notes(found))
-    assert "Does not fit: calibrate, rank, correct, search" in text
-    assert f"It would fit {found.peak.devices_needed} such devices" in text
+    assert "Does not fit one device: calibrate, rank, correct, search" in text
+    assert f"{found.peak.devices_needed} such devices would hold it" in text
     assert found.peak.devices_needed > 1
 
 
@@ -124,8 +124,9 @@ def test_devices_hold_more_cost_more_and_shorten_nothing(estimated: Estimating) 
     one, four = (estimated(config="llama2_13b", hardware="h200", devices=count) for count in (1, 4))
     assert four.seconds == one.seconds
     assert four.money == pytest.approx(4 * one.money)
-    assert one.too_large()
-    assert not four.too_large()
+    assert [x.name for x in four.too_large()] == ["refit", "controls"]
+    assert "asked for" not in notes(one)[1]
+    assert "(not built), the 4 asked for are enough; or one with 188 GiB." in notes(four)[1]
 
 
 def test_money_is_rent_and_what_the_endpoint_charges(estimated: Estimating) -> None:
@@ -220,7 +221,7 @@ def test_the_table_has_a_row_a_stage_and_the_sum(estimated: Estimating) -> None:
     assert table[-1][-1] == f"{found.money:.2f} EUR"
     lines = plain(found).splitlines()
     assert lines[0].startswith("meta-llama/Llama-2-13b-hf: 13,015,864,320 parameters (26.0 GB)")
-    assert any(line.startswith("! Does not fit: refit") for line in lines)
+    assert any(line.startswith("! Does not fit one device: refit") for line in lines)
     assert "Assumed:" in lines
 
 
