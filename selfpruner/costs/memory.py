@@ -77,22 +77,24 @@ class MemoryModel:
         """Return the peak at the last layer: everything that is kept is there already.
 
         Streams are a layer's inputs and outputs of all calibration tokens. Statistics are the two
-        Gram matrices in float32 and, for the larger, a permuted one, its covariance and factor in
+        Gram matrices in float32 and, for one block, a permuted one, its covariance and factor in
         float64 and the factor in float32 (24 N^2 bytes), with `obs` an inverse and its update too
         (40 N^2); where a ridge is chosen the moments of held-out tokens are apart (16 N^2 more).
         """
-        settings = self.config.pruning
-        shapes, n = self._shapes, max(self._shapes.inputs)
-        apart = settings.ridge == "auto"
-        metrics = {settings.metric, settings.attention_metric or settings.metric}
-        per_square = (40 if "obs" in metrics else 24) + (16 if apart else 0)
-        statistics = 4.0 * sum(x * x for x in shapes.inputs) + per_square * n * n
+        settings, shapes = self.config.pruning, self._shapes
+        metrics = (settings.attention_metric or settings.metric, settings.metric)
+        apart = 16 if settings.ridge == "auto" else 0
+        work = (
+            ((40 if metric == "obs" else 24) + apart) * n * n + 8 * shapes.outputs * n
+            for metric, n in zip(metrics, shapes.inputs, strict=True)
+        )
+        statistics = 4.0 * sum(n * n for n in shapes.inputs) + max(work)
         if settings.calibration == "auto":
             statistics += shapes.over_layers(lambda _, x: 8 * x * x)
         tokens = self.config.data.calibrate.tokens
         return replace(
             self._elastic,
-            statistics=statistics + 8.0 * shapes.outputs * n,
+            statistics=statistics,
             streams=2 * self._stream(tokens),
             working=self._activations(self.config.data.length, float32=True),
         )

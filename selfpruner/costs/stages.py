@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from agent.settings import Endpoint, Operators
+from agent.settings import Operators
 from pruning.architecture import Architecture
 from selfpruner.config import RunConfig
 from selfpruner.costs import judging, surgery
+from selfpruner.costs.answering import answering
 from selfpruner.costs.hardware import Precision
-from selfpruner.costs.known_models import architecture_by_name
 from selfpruner.costs.llm import Asking
-from selfpruner.costs.memory import CACHE_BYTES, Memory, MemoryModel
-from selfpruner.costs.work import BYTES, Running, Work
+from selfpruner.costs.memory import Memory, MemoryModel
+from selfpruner.costs.scoring import Scoring
+from selfpruner.costs.work import Running, Work, times
 
-TEXT_TERMS = ("kl", "kl_top512", "perplexity")
 _SPEED_RUNS = 4 * 6  # forward passes of the speed model: four plans, six rounds
 _SAMPLES, _SAMPLE_TOKENS = 4, 32  # continuations that the report shows
-_ASKED_TOKENS = 0.4  # share of a reply that takes a forward pass; the grammar forces the rest
-_SERVER_SECONDS = 60  # until a vLLM server answers
-_API_TOKENS_A_SECOND = 50
-_API_LATENCY = 1.0
 
 
 @dataclass(frozen=True)
@@ -110,8 +104,11 @@ class RunStages:
         """Return scoring: evaluations of all search tokens, cuts, items of every generation."""
         count = self.evaluations
         tokens = count * self._search_tokens
-        works = [*self._references(self._search_tokens), *self._scores(count, self._search_tokens)]
-        works += self._cuts(count, self._search_tokens)
+        works = [
+            *self.scoring.references(self._search_tokens),
+            *self.scoring.scores(count, self._search_tokens),
+        ]
+        works += self.scoring.cuts(count, self._search_tokens)
         items = self.config.data.choices
         looked = (count if self.config.fitness.get("accuracy") else 0) + self.llm.generations + 1
         if items:
@@ -119,7 +116,7 @@ class RunStages:
             tokens += items * looked * judging.ITEM_TOKENS
         if self.config.pruning.statistics == "sequential":
             again = (*self._calibration(self.dense), *self._rankings(), self._rerun())
-            works += [_times(work, count) for work in again]
+            works += [times(work, count) for work in again]
             tokens += count * 2 * self._calibration_tokens
         return Stage("search", tuple(works), self.memory.score(), tokens)
 
@@ -129,7 +126,7 @@ class RunStages:
             return Stage("ask the LLM", (), Memory())
         return Stage(
             "ask the LLM",
-            tuple(self._answers(self.config.driver)),
+            answering(self.config, self.llm, self.dense),
             self.memory.score(),
             llm_tokens=self.llm.tokens,
             llm_cost=self.llm.cost,
@@ -142,8 +139,11 @@ class RunStages:
         select = self._select_tokens * self.config.search.finalists * len(targets)
         if not targets:
             return Stage("front", (), Memory())
-        works = [*self._scores(count, self._search_tokens), *self._cuts(count, self._search_tokens)]
-        works += self._scores(1, select)
+        works = [
+            *self.scoring.scores(count, self._search_tokens),
+            *self.scoring.cuts(count, self._search_tokens),
+        ]
+        works += self.scoring.scores(1, select)
         return Stage(
             "front", tuple(works), self.memory.score(), count * self._search_tokens + select
         )
@@ -153,7 +153,7 @@ class RunStages:
         fresh = self._select_tokens
         scored = min(self.config.search.finalists, self.evaluations)
         scored += 2 * self.models if self.config.pruning.refit else 0
-        works = [*self._references(fresh), *self._scores(scored, fresh)]
+        works = [*self.scoring.references(fresh), *self.scoring.scores(scored, fresh)]
         return Stage("select", tuple(works), self.memory.score(), scored * fresh)
 
     def refit(self) -> Stage:
@@ -166,7 +166,7 @@ class RunStages:
         tokens = self._calibration_tokens
         works = [
             self._blocks(self.dense, tokens),
-            *(_times(self._blocks(self.pruned, tokens), 4 / 3) for _ in range(self.models)),
+            *(times(self._blocks(self.pruned, tokens), 4 / 3) for _ in range(self.models)),
             *surgery.refit(self._shapes, [self.kept] * self.models, tokens),
         ]
         read = (1 + self.models) * tokens
@@ -221,6 +221,11 @@ class RunStages:
     def models(self) -> int:
         """Models that are finished: the found plan and its controls."""
         return 1 + len(self.config.evaluation.controls)
+
+    @property
+    def scoring(self) -> Scoring:
+        """What scoring plans computes."""
+        return Scoring(self.config, self.dense, self.pruned)
 
     @property
     def memory(self) -> MemoryModel:
@@ -286,87 +291,3 @@ class RunStages:
 
     def _perplexities(self, model: Running) -> list[Work]:
         return judging.perplexities(model, self.config.data, self._rows)
-
-    @property
-    def _terms(self) -> list[str]:
-        return [name for name in TEXT_TERMS if self.config.fitness.get(name)]
-
-    def _references(self, tokens: int) -> list[Work]:
-        """Return what the dense model predicts, once: its own pass, then two with the head."""
-        length = self.config.data.length
-        return [
-            self.dense.passes(tokens, length, 1, head=2 * tokens)
-            for name in self._terms
-            if name != "perplexity"
-        ]
-
-    def _scores(self, count: int, tokens: int) -> list[Work]:
-        """Return `count` plans on `tokens` tokens each, every text term meeting the head."""
-        if not self._terms:
-            return []
-        head = len(self._terms) * tokens
-        one = self.pruned.passes(tokens, self.config.data.length, self._rows, head=head)
-        return [_times(one, count)]
-
-    def _cuts(self, count: int, tokens: int) -> list[Work]:
-        """Return the triangular solves of least-squares cuts.
-
-        Where the cuts of one plan fit the cache, a level is solved once; where they do not, every
-        cut of a plan is solved anew for every micro-batch.
-        """
-        settings = self.config.pruning
-        if settings.reconstruction != "least_squares" or settings.statistics == "sequential":
-            return []
-        width = BYTES[self.precision]
-        held = self._shapes.over_layers(lambda o, n: width * o * n, self.kept)
-        if held <= CACHE_BYTES:
-            made = min(count, math.ceil(self.architecture.mlp / settings.step))
-        else:
-            made = count * self._micro_batches(tokens // self.config.data.length)
-        return [surgery.cuts(self._shapes, self.kept, made)]
-
-    def _micro_batches(self, sequences: int) -> int:
-        """Return the micro-batches of one full evaluation, round by round where plans race."""
-        racing = self.config.search.racing
-        ends = [sequences] if racing.is_off else [math.ceil(x * sequences) for x in racing.rounds]
-        starts = [0, *ends[:-1]]
-        return sum(math.ceil((b - a) / self._rows) for a, b in zip(starts, ends, strict=True))
-
-    def _answers(self, driver: Endpoint) -> Sequence[Work]:
-        """Return the time of the LLM by its kind."""
-        brood = max(self.config.search.crossover, self.config.search.mutate, 1)
-        rows = max(1, min(driver.batch, brood, self.llm.calls))
-        waves = math.ceil(self.llm.calls / rows)
-        reply = self.llm.reply_tokens / self.llm.calls
-        if driver.kind == "replay":
-            return [Work()]
-        if driver.kind == "api":
-            return [Work(waiting=waves * (_API_LATENCY + reply / _API_TOKENS_A_SECOND))]
-        model = self._driver(driver)
-        prompt = max(1, self.llm.prompt_tokens // self.llm.calls)
-        read = model.passes(self.llm.prompt_tokens, prompt, rows)
-        if driver.kind == "vllm":
-            written = replace(model.steps(waves * reply, rows), layers=0)
-            return [Work(waiting=_SERVER_SECONDS), read, written]
-        return [read, model.steps(_ASKED_TOKENS * waves * reply, rows)]
-
-    def _driver(self, driver: Endpoint) -> Running:
-        """Return the driver's model; one of which nothing is known counts as the pruned one."""
-        if driver.model is None:
-            return self.dense
-        try:
-            return Running(architecture_by_name(driver.model), self.precision)
-        except ValueError:
-            return self.dense
-
-
-def _times(work: Work, count: float) -> Work:
-    """Return the same work `count` times over."""
-    return replace(
-        work,
-        flops=count * work.flops,
-        bytes=count * work.bytes,
-        layers=count * work.layers,
-        disk=count * work.disk,
-        waiting=count * work.waiting,
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pruning.architecture import Architecture
 from selfpruner.costs.hardware import Hardware, Precision
@@ -93,3 +93,15 @@ class Running:
             bytes=steps * self.weight_bytes,
             layers=steps * model.layers,
         )
+
+
+def times(work: Work, count: float) -> Work:
+    """Return the same work `count` times over."""
+    return replace(
+        work,
+        flops=count * work.flops,
+        bytes=count * work.bytes,
+        layers=count * work.layers,
+        disk=count * work.disk,
+        waiting=count * work.waiting,
+    )

@@ -19,7 +19,7 @@ from pruning.families import family_of
 from pruning.reconstruction import ridge
 from pruning.statistics import stream_statistics
 from selfpruner.config import CONFIGS, RunConfig, load_config
-from selfpruner.costs import memory, stages, surgery
+from selfpruner.costs import memory, scoring, surgery
 from selfpruner.costs.memory import MemoryModel
 from selfpruner.costs.work import Running
 from selfpruner.fitness import TEXT_TERMS
@@ -102,4 +102,4 @@ def test_constants_are_the_program_s_own() -> None:
     assert cache == memory.CACHE_BYTES
     assert len(refit.RIDGES) == surgery.REFIT_RIDGES
     assert len(ridge.RIDGES) == surgery.RANK_RIDGES
-    assert stages.TEXT_TERMS == TEXT_TERMS
+    assert scoring.TEXT_TERMS == TEXT_TERMS
