@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from cmaes import SepCMA
 
 from agent.candidate import Candidate
 from agent.projection import Floats
@@ -21,6 +20,8 @@ def sampled_shares(context: SearchContext, generation: int, slot: int) -> Floats
     plan of generation 0; a sample is told with the fitness of the plan that it was projected to,
     and one that had no plan of its own counts as the worst.
     """
+    from cmaes import SepCMA  # brings scipy.stats, a second that only a search by it shall wait
+
     settings = context.settings
     size, layers = max(2, settings.crossover + settings.mutate), context.space.layers
     best, candidates = context.ledger.best(1, before=1)[0], context.ledger.candidates()

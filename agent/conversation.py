@@ -6,10 +6,9 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
-from langgraph.config import get_stream_writer
 
 from agent.briefing import common
 from agent.budget import Purse
@@ -124,7 +123,7 @@ class _Calls(Generic[T]):
         except DriverError as error:
             if self.context.driver_settings.when_down == "stop":
                 raise
-            get_stream_writer()({"kind": "down", "reason": str(error)})
+            _tell({"kind": "down", "reason": str(error)})
 
     def _wave(self) -> list[int]:
         """Take from those waiting the calls that can be paid together, in order, at their worst.
@@ -191,7 +190,7 @@ class _Calls(Generic[T]):
 
     def _log(self, line: LlmLine) -> None:
         self.context.ledger.add_line(line)
-        get_stream_writer()(
+        _tell(
             {
                 "kind": "llm",
                 "generation": line.generation,
@@ -247,6 +246,13 @@ def _read(question: Question[T], reply: str) -> Reading[T]:
         return Reading(question.interpret(reply))
     except ReplyError as error:
         return Reading(problem=str(error))
+
+
+def _tell(event: dict[str, Any]) -> None:
+    """Write an event to the stream of the graph that runs this."""
+    from langgraph.config import get_stream_writer  # a second, and none of it for an estimate
+
+    get_stream_writer()(event)
 
 
 def _repair(

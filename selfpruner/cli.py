@@ -1,4 +1,4 @@
-"""The command `selfpruner`: compress, resume, evaluate, speed, experiment, report."""
+"""The command `selfpruner`: plan, compress, resume, evaluate, speed, experiment, report."""
 
 from __future__ import annotations
 
@@ -36,6 +36,42 @@ _Trust = Annotated[
 
 _HOUSE = Path(__file__).resolve().parents[1]
 _ROOMS = ("agent", "evaluators", "prompts", "pruning", "selfpruner")
+
+
+@main.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="Configuration, such as configs/demo.yaml.")],
+    *,
+    model: Annotated[
+        str | None, typer.Option(help="Known name, hub id or folder with a config.json.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="What may remain: parameters=0.7.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="Any setting: search.population=16.")
+    ] = None,
+    hardware: Annotated[
+        str | None, typer.Option(help="Name under configs/hardware or a YAML file.")
+    ] = None,
+    devices: Annotated[int | None, typer.Option(min=1, help="How many of them.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Evaluate on whole task sets.")] = False,
+) -> None:
+    """Say what a compression will cost, by stage, before any weight is loaded."""
+    with _plain_errors():
+        import json
+
+        from selfpruner.config import load_config
+        from selfpruner.costs.estimate import estimate_costs
+        from selfpruner.costs.hardware import load_hardware
+        from selfpruner.costs.table import show
+
+        settings = list(setting or []) + (["evaluation.samples=null"] if full else [])
+        run = load_config(config, model=model, budget=budget, settings=settings)
+        found = estimate_costs(run, load_hardware(hardware or run.hardware, devices))
+        if as_json:
+            typer.echo(json.dumps(found.to_json(), indent=2))
+        else:
+            show(found)
 
 
 @main.command()

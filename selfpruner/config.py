@@ -58,6 +58,7 @@ class RunConfig(Settings):
     seed: Annotated[int, Field(ge=0)] = 0
     dtype: Dtype = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    hardware: Annotated[str, Field(min_length=1)] = "laptop-cpu"  # what `plan` reckons with
     trust_remote_code: bool = False
     budget: BudgetSettings = BudgetSettings(parameters=0.7)
     pruning: PruningSettings = PruningSettings()

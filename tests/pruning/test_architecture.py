@@ -43,6 +43,7 @@ def _real_count(model: PreTrainedModel) -> int:
     ("name", "parameters"),
     [
         ("llama-2-7b", 6_738_415_616),
+        ("llama-2-13b", 13_015_864_320),
         ("llama-2-70b", 68_976_648_192),
         ("llama-3-8b", 8_030_261_248),
         ("smollm2-135m", 134_515_008),

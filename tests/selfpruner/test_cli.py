@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import types
@@ -73,8 +74,56 @@ def test_configurations_load_nothing_heavy() -> None:
 def test_help_lists_the_commands() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for name in ("compress", "resume", "evaluate", "speed", "experiment", "report"):
+    for name in ("plan", "compress", "resume", "evaluate", "speed", "experiment", "report"):
         assert name in result.output
+
+
+def test_plan_loads_nothing_heavy_and_tells_plain_lines() -> None:
+    heavy = ("torch", "transformers", "datasets", "langgraph", "scipy")
+    code = (
+        "import sys; from typer.testing import CliRunner; from selfpruner.cli import main; "
+        f"done = CliRunner().invoke(main, ['plan', {DEMO!r}]); print(done.output); "
+        f"print(done.exit_code, [m for m in {heavy} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("smollm2-135m-instruct: 134,515,008 parameters (269.0 MB)")
+    assert lines[-1] == "0 []"
+
+
+def test_plan_draws_a_table_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    result = run("plan", str(CONFIGS / "llama2_13b.yaml"))
+    assert result.exit_code == 0
+    assert "┡━" in result.stdout
+    assert "\x1b[31mrefit" in result.stdout
+    assert "\x1b[31mload" not in result.stdout
+    assert "of one layer at a time were held (not built)" in " ".join(result.stdout.split())
+
+
+def test_plan_prints_json() -> None:
+    result = run("plan", DEMO, "--hardware", "h200", "--devices", "2", "--full", "--json")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert found["hardware"]["devices"] == 2
+    assert found["parameters"]["dense"] == 134_515_008
+    assert found["total"]["seconds"] == pytest.approx(sum(x["seconds"] for x in found["stages"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--hardware", "h20"), "selfpruner: hardware: got 'h20'; did you mean h200? allowed: "),
+        (("--model", "x/y"), "selfpruner: model: no architecture is known for 'x/y'; allowed: "),
+        (("--budget", "parameters=0.001"), "selfpruner: budget.parameters: 0.001 cannot be met; "),
+    ],
+)
+def test_what_plan_cannot_do_is_one_line(arguments: tuple[str, ...], line: str) -> None:
+    result = run("plan", DEMO, *arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(line)
+    assert result.stderr.count("\n") == 1
 
 
 def test_compress_hands_the_resolved_configuration_on(pipeline: Recorder) -> None:

@@ -1,0 +1,1 @@
+"""What a compression will cost, from its configuration alone: no weight and no torch is loaded."""

@@ -1,0 +1,212 @@
+"""What each stage holds on the device at its peak, as the program is written today.
+
+Every formula names what it counts; the code that holds it is pruning/statistics.py (Gram matrices
+of one layer at a time), pruning/elastic_layer.py (permuted copies of the input projections and the
+corrections of every layer, kept from the calibration to the end of the refit), pruning/elastic.py
+(a cache of cuts) and pruning/refit.py (streams of all calibration tokens).
+
+Shapes: O output channels, N input channels of an output projection, k kept of them, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from pruning.architecture import Architecture
+from selfpruner.config import RunConfig
+from selfpruner.costs.hardware import Precision
+from selfpruner.costs.surgery import Shapes
+from selfpruner.costs.work import BYTES, Running
+
+CACHE_BYTES = 512 * 2**20  # pruning.elastic.ElasticModel's
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device, by what they hold.
+
+    Attributes:
+        weights: of the dense model.
+        pruned: of sliced models.
+        copies: input projections in rank order, of all layers.
+        corrections: factors, products and weights that cuts are made from, of all layers.
+        statistics: Gram matrices and what is made of them, one layer's unless calibration grows.
+        streams: hidden states of all tokens of a stage.
+        working: activations and logits of one micro-batch, cached cuts.
+    """
+
+    weights: float = 0.0
+    pruned: float = 0.0
+    copies: float = 0.0
+    corrections: float = 0.0
+    statistics: float = 0.0
+    streams: float = 0.0
+    working: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        held = self.weights + self.pruned + self.copies + self.corrections
+        return held + self.statistics + self.streams + self.working
+
+    def streamed(self, layers: int) -> Memory:
+        """Return what would be held if the corrections of one layer at a time were (not built)."""
+        return replace(self, copies=self.copies / layers, corrections=self.corrections / layers)
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """The peaks of all stages of one run.
+
+    Attributes:
+        config: of the run.
+        dense, pruned: both models in the precision of the run.
+        models: sliced models that are refitted side by side.
+    """
+
+    config: RunConfig
+    dense: Running
+    pruned: Running
+    models: int
+
+    def load(self) -> Memory:
+        """Return the dense weights alone."""
+        return Memory(weights=self.dense.weight_bytes)
+
+    def calibrate(self) -> Memory:
+        """Return the peak at the last layer: everything that is kept is there already.
+
+        Streams are a layer's inputs and outputs of all calibration tokens. Statistics are the two
+        Gram matrices in float32 and, for one block, a permuted one, its covariance and factor in
+        float64 and the factor in float32 (24 N^2 bytes), with `obs` an inverse and its update too
+        (40 N^2); where a ridge is chosen the moments of held-out tokens are apart (16 N^2 more).
+        """
+        settings, shapes = self.config.pruning, self._shapes
+        metrics = (settings.attention_metric or settings.metric, settings.metric)
+        apart = 16 if settings.ridge == "auto" else 0
+        work = (
+            ((40 if metric == "obs" else 24) + apart) * n * n + 8 * shapes.outputs * n
+            for metric, n in zip(metrics, shapes.inputs, strict=True)
+        )
+        statistics = 4.0 * sum(n * n for n in shapes.inputs) + max(work)
+        if settings.calibration == "auto":
+            statistics += shapes.over_layers(lambda _, x: 8 * x * x)
+        tokens = self.config.data.calibrate.tokens
+        return replace(
+            self._elastic,
+            statistics=statistics,
+            streams=2 * self._stream(tokens),
+            working=self._activations(self.config.data.length, float32=True),
+        )
+
+    def score(self) -> Memory:
+        """Return the peak while plans are scored: references of all search and selection tokens."""
+        data, shapes = self.config.data, self._shapes
+        cached = min(CACHE_BYTES, self.pruned.kept * self._output_bytes)
+        k = round(self.pruned.kept * shapes.mlp)
+        solve = 8.0 * shapes.outputs * k + 4.0 * k * k if self._corrects else 0.0
+        references = 4.0 * (data.search.tokens + data.select.tokens) * shapes.outputs
+        return replace(
+            self._ranked,
+            streams=references,
+            working=cached + solve + self._activations(data.length),
+        )
+
+    def refit(self) -> Memory:
+        """Return the peak while all sliced models are refitted in one pass.
+
+        Streams: the dense model's before, between and after its blocks, one for each pruned model,
+        and what enters one projection. Statistics: moments fit, held out and merged in float32
+        (12 k^2), and means, system and factor in float64 (32 k^2).
+        """
+        tokens, shapes = self.config.data.calibrate.tokens, self._shapes
+        k = round(self.pruned.kept * shapes.mlp)
+        width = BYTES[self.dense.precision]
+        return replace(
+            self._ranked,
+            pruned=self.models * self.pruned.weight_bytes,
+            statistics=44.0 * k * k + 44.0 * shapes.outputs * k,
+            streams=(3 + self.models + 1) * self._stream(tokens) + width * tokens * k,
+            working=self._activations(self.config.data.length, float32=True),
+        )
+
+    def controls(self) -> Memory:
+        """Return the peak while the controls are judged: nothing of the refit is freed yet."""
+        return replace(
+            self._ranked,
+            pruned=self.models * self.pruned.weight_bytes,
+            working=self._judging,
+        )
+
+    def judge(self) -> Memory:
+        """Return the peak of the dense and the exported model side by side."""
+        return Memory(
+            weights=self.dense.weight_bytes,
+            pruned=self.pruned.weight_bytes,
+            working=self._judging,
+        )
+
+    def export(self) -> Memory:
+        """Return the peak of writing a model and reading it back beside itself."""
+        return Memory(weights=self.dense.weight_bytes, pruned=2 * self.pruned.weight_bytes)
+
+    @property
+    def _architecture(self) -> Architecture:
+        return self.dense.architecture
+
+    @property
+    def _shapes(self) -> Shapes:
+        return Shapes.of(self._architecture)
+
+    @property
+    def _corrects(self) -> bool:
+        return self.config.pruning.reconstruction == "least_squares"
+
+    @property
+    def _output_bytes(self) -> float:
+        return self._shapes.over_layers(lambda o, n: BYTES[self.dense.precision] * o * n)
+
+    @property
+    def _elastic(self) -> Memory:
+        """What the elastic model of all layers keeps beside the dense one."""
+        # 4 N^2 for the factor or the moments, 4 O N for the weights, once more for their product.
+        per_weight = 8 if self._corrects else 4
+        corrections = self._shapes.over_layers(lambda o, n: 4 * n * n + per_weight * o * n)
+        copies = self.dense.block_bytes - self._output_bytes
+        return Memory(self.dense.weight_bytes, copies=copies, corrections=corrections)
+
+    @property
+    def _ranked(self) -> Memory:
+        """What stays from the calibration to the end of the refit.
+
+        A sequential ranking builds the elastic model too, for its cut errors, and lets it go; then
+        it keeps the parameters of the last plan.
+        """
+        if self.config.pruning.statistics == "sequential":
+            return Memory(self.dense.weight_bytes, copies=self.pruned.block_bytes)
+        return self._elastic
+
+    @property
+    def _judging(self) -> float:
+        """Activations and all logits of the longest reported rows."""
+        length = max((x.length for x in self.config.data.report), default=self.config.data.length)
+        rows = self.config.evaluation.batch_size
+        logits = BYTES[self.dense.precision] * rows * length * self._architecture.vocabulary
+        return self._activations(length) + logits + 2.0**26
+
+    def _stream(self, tokens: int) -> float:
+        return float(BYTES[self.dense.precision] * tokens * self._architecture.hidden)
+
+    def _activations(self, length: int, *, float32: bool = False) -> float:
+        """Return the activations of one layer and micro-batch; `float32`: with two wide copies."""
+        width, model = BYTES[self.dense.precision], self._architecture
+        tokens = self.config.evaluation.batch_size * length
+        inner = 3 * model.mlp + 4 * model.hidden + 2 * model.heads * model.head_dim
+        return float(tokens * (width * inner + (8 * model.mlp if float32 else 0)))
+
+
+def precision_of(dtype: str, *, fast_bfloat16: bool) -> Precision:
+    """Return the precision of forward passes; float16 is as fast and as large as bfloat16."""
+    if dtype == "float32" or (dtype == "auto" and not fast_bfloat16):
+        return "float32"
+    return "bfloat16"

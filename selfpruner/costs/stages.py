@@ -1,0 +1,293 @@
+"""The stages of a run: what each computes, holds and reads, in the order of the pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import get_args
+
+from agent.settings import Operators
+from pruning.architecture import Architecture
+from selfpruner.config import RunConfig
+from selfpruner.costs import judging, surgery
+from selfpruner.costs.answering import answering
+from selfpruner.costs.hardware import Precision
+from selfpruner.costs.llm import Asking
+from selfpruner.costs.memory import Memory, MemoryModel
+from selfpruner.costs.scoring import Scoring
+from selfpruner.costs.work import Running, Work, times
+
+_SPEED_RUNS = 4 * 6  # forward passes of the speed model: four plans, six rounds
+_SAMPLES, _SAMPLE_TOKENS = 4, 32  # continuations that the report shows
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        name: as the command shows it, or what it does.
+        works: pieces of work, one after another.
+        memory: at the peak.
+        tokens: that pass through a model, all models together.
+        llm_tokens, llm_cost: prompts and replies of the LLM, and money for them.
+    """
+
+    name: str
+    works: tuple[Work, ...]
+    memory: Memory
+    tokens: float = 0.0
+    llm_tokens: int = 0
+    llm_cost: float = 0.0
+
+
+@dataclass(frozen=True)
+class RunStages:
+    """All stages of one run.
+
+    Attributes:
+        config: of the run.
+        architecture: of the dense model.
+        precision: of forward passes.
+        kept: share of the blocks that the budget leaves, above 0 to 1.
+        llm: what the search will ask.
+        start_seconds: until the process can compute.
+    """
+
+    config: RunConfig
+    architecture: Architecture
+    precision: Precision
+    kept: float
+    llm: Asking
+    start_seconds: float
+
+    def all(self) -> list[Stage]:
+        """Return the stages in order, empty ones left out."""
+        stages = [
+            self.load(),
+            self.calibrate(),
+            self.rank(),
+            self.search(),
+            self.ask(),
+            self.front(),
+            self.select(),
+            self.refit(),
+            self.controls(),
+            self.export(),
+            self.perplexity(),
+            self.tasks(),
+            self.speed(),
+        ]
+        return [stage for stage in stages if stage.works]
+
+    def load(self) -> Stage:
+        """Return start-up, and reading the dense weights."""
+        work = Work(disk=self.dense.weight_bytes, waiting=self.start_seconds)
+        return Stage("load", (work,), self.memory.load())
+
+    def calibrate(self) -> Stage:
+        """Return the dense pass over the calibration tokens with its Gram matrices."""
+        works = self._calibration(self.dense)
+        return Stage("calibrate", works, self.memory.calibrate(), self._calibration_tokens)
+
+    def rank(self) -> Stage:
+        """Return ranking, corrections and the timing of the speed model."""
+        length = self.config.data.length
+        timed = _SPEED_RUNS * length
+        half = replace(self.dense, kept=0.5)
+        works = (
+            *surgery.ranking(self._shapes, self.config.pruning),
+            half.passes(timed, length, 1),
+        )
+        return Stage("rank, correct", works, self.memory.calibrate(), timed)
+
+    def search(self) -> Stage:
+        """Return scoring: evaluations of all search tokens, cuts, items of every generation."""
+        count = self.evaluations
+        tokens = count * self._search_tokens
+        works = [
+            *self.scoring.references(self._search_tokens),
+            *self.scoring.scores(count, self._search_tokens),
+        ]
+        works += self.scoring.cuts(count, self._search_tokens)
+        items = self.config.data.choices
+        looked = (count if self.config.fitness.get("accuracy") else 0) + self.llm.generations + 1
+        if items:
+            works.append(judging.items(self.pruned, items * looked))
+            tokens += items * looked * judging.ITEM_TOKENS
+        if self.config.pruning.statistics == "sequential":
+            again = (*self._calibration(self.dense), *self._rankings(), self._rerun())
+            works += [times(work, count) for work in again]
+            tokens += count * 2 * self._calibration_tokens
+        return Stage("search", tuple(works), self.memory.score(), tokens)
+
+    def ask(self) -> Stage:
+        """Return the LLM's part of the search."""
+        if not self.llm.calls:
+            return Stage("ask the LLM", (), Memory())
+        return Stage(
+            "ask the LLM",
+            answering(self.config, self.llm, self.dense),
+            self.memory.score(),
+            llm_tokens=self.llm.tokens,
+            llm_cost=self.llm.cost,
+        )
+
+    def front(self) -> Stage:
+        """Return the searches for further budgets."""
+        targets = set(self.config.front.targets) - {self.config.budget.target}
+        count = round(self.config.front.effort * self.evaluations) * len(targets)
+        select = self._select_tokens * self.config.search.finalists * len(targets)
+        if not targets:
+            return Stage("front", (), Memory())
+        works = [
+            *self.scoring.scores(count, self._search_tokens),
+            *self.scoring.cuts(count, self._search_tokens),
+        ]
+        works += self.scoring.scores(1, select)
+        return Stage(
+            "front", tuple(works), self.memory.score(), count * self._search_tokens + select
+        )
+
+    def select(self) -> Stage:
+        """Return the finalists on fresh tokens, and what the refit is judged by there."""
+        fresh = self._select_tokens
+        scored = min(self.config.search.finalists, self.evaluations)
+        scored += 2 * self.models if self.config.pruning.refit else 0
+        works = [*self.scoring.references(fresh), *self.scoring.scores(scored, fresh)]
+        return Stage("select", tuple(works), self.memory.score(), scored * fresh)
+
+    def refit(self) -> Stage:
+        """Return the refit of the found plan and of its controls, in one pass over the dense model.
+
+        A refitted layer runs once and its output projections a second time.
+        """
+        if not self.config.pruning.refit:
+            return Stage("refit", (), Memory())
+        tokens = self._calibration_tokens
+        works = [
+            self._blocks(self.dense, tokens),
+            *(times(self._blocks(self.pruned, tokens), 4 / 3) for _ in range(self.models)),
+            *surgery.refit(self._shapes, [self.kept] * self.models, tokens),
+        ]
+        read = (1 + self.models) * tokens
+        return Stage("refit", tuple(works), self.memory.refit(), read)
+
+    def controls(self) -> Stage:
+        """Return the perplexities of the controls."""
+        works = (self.models - 1) * self._perplexities(self.pruned)
+        tokens = (self.models - 1) * self._reported
+        return Stage("controls", tuple(works), self.memory.controls(), tokens)
+
+    def export(self) -> Stage:
+        """Return writing the pruned model, and reading it back to compare it bit for bit."""
+        written = self.export_bytes
+        return Stage("export", (Work(disk=2 * written),), self.memory.export())
+
+    def perplexity(self) -> Stage:
+        """Return the perplexities of both models."""
+        works = self._perplexities(self.dense) + self._perplexities(self.pruned)
+        return Stage("perplexity", tuple(works), self.memory.judge(), 2 * self._reported)
+
+    def tasks(self) -> Stage:
+        """Return the commonsense tasks of both models."""
+        settings = self.config.evaluation
+        if not settings.tasks:
+            return Stage("tasks", (), Memory())
+        works = tuple(judging.tasks(model, settings) for model in (self.dense, self.pruned))
+        return Stage("tasks", works, self.memory.judge(), 2 * judging.task_tokens(settings)[0])
+
+    def speed(self) -> Stage:
+        """Return timing of both models and the continuations in the report."""
+        settings, works = self.config.evaluation, list[Work]()
+        for model in (self.dense, self.pruned):
+            works += judging.timing(model, settings)
+            works.append(model.steps(_SAMPLE_TOKENS, _SAMPLES))
+        asked = settings.speed
+        rows = (asked.repeats + 2) * asked.batch * (asked.prompt_tokens + asked.new_tokens)
+        tokens = 2 * (rows + _SAMPLES * _SAMPLE_TOKENS)
+        return Stage("speed", tuple(works), self.memory.judge(), tokens)
+
+    @property
+    def dense(self) -> Running:
+        """The dense model."""
+        return Running(self.architecture, self.precision)
+
+    @property
+    def pruned(self) -> Running:
+        """A model within the budget."""
+        return Running(self.architecture, self.precision, self.kept)
+
+    @property
+    def models(self) -> int:
+        """Models that are finished: the found plan and its controls."""
+        return 1 + len(self.config.evaluation.controls)
+
+    @property
+    def scoring(self) -> Scoring:
+        """What scoring plans computes."""
+        return Scoring(self.config, self.dense, self.pruned)
+
+    @property
+    def memory(self) -> MemoryModel:
+        """What the stages hold."""
+        return MemoryModel(self.config, self.dense, self.pruned, self.models)
+
+    @property
+    def evaluations(self) -> int:
+        """Full evaluations; an allocator of one fixed plan makes one."""
+        search = self.config.search
+        searches = search.allocator in ("llm", "hybrid", *get_args(Operators))
+        return search.evaluations if searches else 1
+
+    @property
+    def export_bytes(self) -> float:
+        """Bytes of the exported weights, correction biases included."""
+        has_biases = self.config.pruning.reconstruction != "none"
+        fixed = self.architecture.fixed_parameters(correction_biases=has_biases)
+        width = 4 if self.config.export.dtype == "float32" else 2
+        return width * (self.kept * self.architecture.block_parameters() + fixed)
+
+    @property
+    def _shapes(self) -> surgery.Shapes:
+        return surgery.Shapes.of(self.architecture)
+
+    @property
+    def _rows(self) -> int:
+        return self.config.evaluation.batch_size
+
+    @property
+    def _calibration_tokens(self) -> int:
+        return self._whole(self.config.data.calibrate.tokens)
+
+    @property
+    def _search_tokens(self) -> int:
+        return self._whole(self.config.data.search.tokens)
+
+    @property
+    def _select_tokens(self) -> int:
+        return self._whole(self.config.data.select.tokens)
+
+    @property
+    def _reported(self) -> int:
+        return sum(tokens for tokens, _ in judging.reported_tokens(self.config.data))
+
+    def _whole(self, tokens: int) -> int:
+        length = self.config.data.length
+        return tokens // length * length
+
+    def _blocks(self, model: Running, tokens: int) -> Work:
+        """Return a pass through the layers alone."""
+        return model.passes(tokens, self.config.data.length, self._rows)
+
+    def _calibration(self, model: Running) -> tuple[Work, ...]:
+        tokens = self._calibration_tokens
+        return self._blocks(model, tokens), surgery.gram(self._shapes, tokens)
+
+    def _rankings(self) -> tuple[Work, ...]:
+        return surgery.ranking(self._shapes, self.config.pruning)
+
+    def _rerun(self) -> Work:
+        return self._blocks(self.pruned, self._calibration_tokens)
+
+    def _perplexities(self, model: Running) -> list[Work]:
+        return judging.perplexities(model, self.config.data, self._rows)

@@ -1,0 +1,105 @@
+"""What the estimate says the program holds and does, against the program itself."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from evaluators.memory import weight_bytes
+from pruning import refit
+from pruning.elastic import ElasticModel
+from pruning.elastic_layer import ElasticLayer, Recipe
+from pruning.families import family_of
+from pruning.reconstruction import ridge
+from pruning.statistics import stream_statistics
+from selfpruner.config import CONFIGS, RunConfig, load_config
+from selfpruner.costs import memory, scoring, surgery
+from selfpruner.costs.memory import MemoryModel
+from selfpruner.costs.work import Running
+from selfpruner.fitness import TEXT_TERMS
+
+
+def _model() -> nn.Module:
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=96,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=16,
+    )
+    torch.manual_seed(0)
+    model: nn.Module = AutoModelForCausalLM.from_config(
+        config,
+        dtype=torch.float32,
+        attn_implementation="eager",  # whose attention is counted
+    )
+    return model.eval()
+
+
+def _config(*settings: str) -> RunConfig:
+    return load_config(CONFIGS / "demo.yaml", settings=("dtype=float32", *settings))
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(storages.values())
+
+
+def _corrections(layers: list[ElasticLayer]) -> list[Tensor]:
+    parts = [x for layer in layers for x in (layer._attention, layer._mlp)]
+    return [x for part in parts for x in vars(part).values() if isinstance(x, Tensor)]
+
+
+@pytest.mark.parametrize("reconstruction", ["none", "bias", "least_squares"])
+def test_what_the_elastic_model_holds(reconstruction: str) -> None:
+    model = _model()
+    family, architecture = family_of(model)
+    recipe = Recipe("wifv", reconstruction, 0.1)
+    elastic = ElasticModel.rank(
+        model, family, architecture, torch.randint(0, 96, (16, 32)), recipe, batch_size=8
+    )
+    dense = Running(architecture, "float32")
+    config = _config(f"pruning.reconstruction={reconstruction}")
+    said = MemoryModel(config, dense, replace(dense, kept=0.7), 1).score()
+    assert said.weights == weight_bytes(model)
+    copies = [x for layer in elastic.layers for x in layer._inputs.values()]
+    assert said.copies == _bytes(copies)
+    # The program also keeps a few vectors: means, errors of every cut.
+    assert said.corrections == pytest.approx(_bytes(_corrections(elastic.layers)), rel=0.05)
+
+
+def test_a_forward_pass_has_the_operations_that_are_counted() -> None:
+    model = _model()
+    _, architecture = family_of(model)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randint(0, 96, (4, 32)), use_cache=False)
+    said = Running(architecture, "float32").passes(128, 32, 4, head=128).flops
+    assert said == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_gram_matrices_have_the_operations_that_are_counted() -> None:
+    model = _model()
+    family, architecture = family_of(model)
+    tokens = torch.randint(0, 96, (4, 32))
+    with FlopCounterMode(display=False) as counter:
+        list(stream_statistics(model, family, tokens, 4))
+    blocks = Running(architecture, "float32").passes(128, 32, 4).flops
+    grams = surgery.gram(surgery.Shapes.of(architecture), 128).flops
+    assert blocks + grams == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_constants_are_the_program_s_own() -> None:
+    cache = inspect.signature(ElasticModel.__init__).parameters["cache_bytes"].default
+    assert cache == memory.CACHE_BYTES
+    assert len(refit.RIDGES) == surgery.REFIT_RIDGES
+    assert len(ridge.RIDGES) == surgery.RANK_RIDGES
+    assert scoring.TEXT_TERMS == TEXT_TERMS

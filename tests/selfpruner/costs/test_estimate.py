@@ -1,0 +1,230 @@
+"""Estimates against known sizes, measured seconds, and how they must grow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from selfpruner.config import CONFIGS, load_config
+from selfpruner.costs.estimate import CostEstimate, StageCost, devices_needed, estimate_costs
+from selfpruner.costs.hardware import known_hardware, load_hardware
+from selfpruner.costs.table import COLUMNS, notes, plain, rows
+
+Estimating = Callable[..., CostEstimate]
+RUNS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def stage(found: CostEstimate, name: str) -> StageCost:
+    return next(x for x in found.stages if x.name == name)
+
+
+def seconds(found: CostEstimate, *names: str) -> float:
+    return sum(stage(found, name).seconds for name in names)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_shipped_configuration_is_planned(name: str) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml")
+    found = estimate_costs(config, load_hardware(config.hardware))
+    assert found.seconds > 0
+    assert all(x.seconds >= 0 and x.memory.total > 0 for x in found.stages)
+    assert json.loads(json.dumps(found.to_json()))["total"]["seconds"] == found.seconds
+
+
+@pytest.mark.parametrize(
+    ("name", "dense", "billions_left"),
+    [
+        ("llama2_7b", 6_738_415_616, 4.80),
+        ("llama2_13b", 13_015_864_320, 9.21),
+        ("llama3_8b", 8_030_261_248, 5.94),
+        ("llama2_70b_49b", 68_976_648_192, 48.44),
+        ("llama2_70b_35b", 68_976_648_192, 34.75),
+    ],
+)
+def test_sizes_of_the_published_models(
+    estimated: Estimating, name: str, dense: int, billions_left: float
+) -> None:
+    found = estimated(config=name, hardware="h200")
+    assert found.parameters_dense == dense
+    assert found.weight_bytes == 2 * dense
+    assert found.parameters_pruned / 1e9 == pytest.approx(billions_left, abs=0.005)
+    assert found.export_bytes == pytest.approx(2 * found.parameters_pruned, rel=1e-9)
+
+
+def test_seventy_billion_parameters_are_138_gigabytes_and_fit_no_device(
+    estimated: Estimating,
+) -> None:
+    found = estimated(config="llama2_70b_49b", hardware="h200")
+    assert stage(found, "load").memory.total / 1e9 == pytest.approx(137.95, abs=0.01)
+    assert stage(found, "load").devices_needed == 1
+    # 80 layers of 4 N^2 + 8 O N bytes, N = 8192 and 28672, O = 8192.
+    held = 80 * sum(4 * n * n + 8 * 8192 * n for n in (8192, 28672))
+    assert stage(found, "search").memory.corrections == held
+    text = "\n".join(notes(found))
+    assert "Does not fit one device: calibrate, rank, correct, search" in text
+    assert f"{found.peak.devices_needed} such devices would hold it" in text
+    assert found.peak.devices_needed > 1
+
+
+def test_what_fits_says_nothing(estimated: Estimating) -> None:
+    assert notes(estimated()) == []
+    assert "!" not in plain(estimated())
+
+
+def test_the_demo_takes_what_was_measured_within_a_factor_of_two(estimated: Estimating) -> None:
+    # EXPERIMENTS.md, 2026-11-25, the demo on slow cores: two cores, seconds of the stages.
+    found = estimated()
+    measured = {
+        ("load", "calibrate", "rank, correct"): 60,
+        ("search", "ask the LLM"): 113,
+        ("refit",): 121,
+        ("perplexity", "controls"): 29,
+        ("tasks",): 67,
+        ("speed",): 14,
+    }
+    for names, real in measured.items():
+        assert real / 2 < seconds(found, *names) < 2 * real, names
+    assert 15_745 / 2 < found.llm_tokens < 2 * 15_745
+
+
+@pytest.mark.parametrize(
+    ("setting", "doubled", "name", "factor"),
+    [
+        ("data.calibrate.tokens=16384", "data.calibrate.tokens=32768", "calibrate", 2),
+        ("search.evaluations=200", "search.evaluations=400", "search", 2),
+        ("data.search.tokens=8192", "data.search.tokens=16384", "search", 2),
+        ("data.select.tokens=4096", "data.select.tokens=8192", "select", 2),
+        ("evaluation.samples=20", "evaluation.samples=40", "tasks", 2),
+        ("search.evaluations=400", "search.evaluations=800", "ask the LLM", 2),
+        ("data.calibrate.tokens=16384", "data.calibrate.tokens=32768", "rank, correct", 1),
+    ],
+)
+def test_twice_the_work_takes_twice_the_time(
+    estimated: Estimating, setting: str, doubled: str, name: str, factor: float
+) -> None:
+    once, twice = (stage(estimated(x, "data.choices=0"), name) for x in (setting, doubled))
+    assert twice.seconds / once.seconds == pytest.approx(factor, rel=0.06)
+    if once.tokens:
+        assert twice.tokens / once.tokens == pytest.approx(factor, rel=0.06)
+
+
+def test_a_smaller_budget_costs_less_in_the_search_and_nothing_less_before(
+    estimated: Estimating,
+) -> None:
+    more, less = estimated("budget={parameters: 0.9}"), estimated("budget={parameters: 0.5}")
+    assert seconds(less, "calibrate") == seconds(more, "calibrate")
+    assert seconds(less, "search") < seconds(more, "search")
+    assert less.export_bytes < more.export_bytes
+
+
+def test_devices_hold_more_cost_more_and_shorten_nothing(estimated: Estimating) -> None:
+    one, four = (estimated(config="llama2_13b", hardware="h200", devices=count) for count in (1, 4))
+    assert four.seconds == one.seconds
+    assert four.money == pytest.approx(4 * one.money)
+    assert [x.name for x in four.too_large()] == ["refit", "controls"]
+    assert "asked for" not in notes(one)[1]
+    assert "(not built), the 4 asked for are enough; or one with 188 GiB." in notes(four)[1]
+
+
+def test_money_is_rent_and_what_the_endpoint_charges(estimated: Estimating) -> None:
+    free = estimated("driver.kind=api", "driver.base_url=http://host/v1", hardware="h200")
+    paid = estimated(
+        "driver.kind=api",
+        "driver.base_url=http://host/v1",
+        "driver.price={prompt: 1.0, completion: 2.0}",
+        hardware="h200",
+    )
+    hourly = load_hardware("h200").price.hour
+    assert free.money == pytest.approx(free.seconds / 3600 * hourly)
+    charged = stage(paid, "ask the LLM").money - stage(free, "ask the LLM").money
+    assert 1e-6 * paid.llm_tokens < charged < 2e-6 * paid.llm_tokens
+    assert paid.money - free.money == pytest.approx(charged)
+
+
+def test_a_plan_without_a_search_asks_no_llm_and_makes_one_evaluation(
+    estimated: Estimating,
+) -> None:
+    found = estimated("recipe=flap")
+    names = [x.name for x in found.stages]
+    assert (found.evaluations, found.llm_calls, found.llm_tokens) == (1, 0, 0)
+    assert "ask the LLM" not in names
+    assert "refit" not in names
+
+
+def test_a_sequential_ranking_calibrates_anew_for_every_plan(estimated: Estimating) -> None:
+    sequential = ("pruning.statistics=sequential", "search.allocator=genetic", "data.choices=0")
+    few, many = (estimated(*sequential, f"search.evaluations={n}") for n in (10, 20))
+    extra = seconds(many, "search") - seconds(few, "search")
+    assert extra > 10 * seconds(few, "calibrate")
+
+
+def test_a_cache_too_small_for_a_plan_solves_every_cut_for_every_micro_batch(
+    estimated: Estimating,
+) -> None:
+    quiet = ("search.racing={bound: null}", "data.choices=0", "search.allocator=genetic")
+    four, eight = (
+        estimated(*quiet, f"evaluation.batch_size={n}", config="llama2_7b", hardware="h200")
+        for n in (4, 8)
+    )
+    assert seconds(four, "search") > 1.3 * seconds(eight, "search")
+    demo = [estimated(*quiet, f"evaluation.batch_size={n}") for n in (4, 8)]
+    assert seconds(demo[0], "search") == pytest.approx(seconds(demo[1], "search"), rel=0.05)
+
+
+def test_the_front_adds_its_effort(estimated: Estimating) -> None:
+    plain_run = estimated("front.effort=0.5")
+    with_front = estimated("front.effort=0.5", "front.targets=[0.9, 0.7, 0.5]")
+    assert "front" not in [x.name for x in plain_run.stages]
+    assert 0.5 < seconds(with_front, "front") / seconds(plain_run, "search") < 1.5
+
+
+@pytest.mark.parametrize("name", known_hardware())
+def test_every_hardware_plans_the_demo(estimated: Estimating, name: str) -> None:
+    assert 0 < estimated(hardware=name).seconds < 3600
+
+
+def test_devices_needed_rounds_up() -> None:
+    hardware = load_hardware("a100-80gb")
+    usable = hardware.usable_bytes
+    assert usable == 77 * 2**30
+    assert [devices_needed(x, hardware) for x in (0, usable, usable + 1, 3 * usable)] == [
+        1,
+        1,
+        2,
+        3,
+    ]
+
+
+def test_a_folder_with_a_configuration_is_a_model(estimated: Estimating, tmp_path: Path) -> None:
+    config = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 100,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = estimated(f"model={tmp_path}")
+    blocks = 2 * (4 * 64 * 64 + 3 * 64 * 128)
+    assert found.parameters_dense == blocks + 2 * 100 * 64 + 64 + 2 * 2 * 64
+
+
+def test_the_table_has_a_row_a_stage_and_the_sum(estimated: Estimating) -> None:
+    found = estimated(config="llama2_13b", hardware="h200")
+    table = rows(found)
+    assert [row[0] for row in table] == [*(x.name for x in found.stages), "all"]
+    assert {len(row) for row in table} == {len(COLUMNS)}
+    assert table[-1][-1] == f"{found.money:.2f} EUR"
+    lines = plain(found).splitlines()
+    assert lines[0].startswith("meta-llama/Llama-2-13b-hf: 13,015,864,320 parameters (26.0 GB)")
+    assert any(line.startswith("! Does not fit one device: refit") for line in lines)
+    assert "Assumed:" in lines
+
+
+def test_an_unreachable_budget_is_refused(estimated: Estimating) -> None:
+    with pytest.raises(ValueError, match=r"budget.parameters: 0.001 cannot be met"):
+        estimated("budget={parameters: 0.001}")
