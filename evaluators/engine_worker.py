@@ -81,8 +81,12 @@ class TransformersEngine:
     def facts(self) -> dict[str, Any]:
         import torch
 
+        from evaluators.memory import parameter_count, weight_bytes
+
         return {
             "version": f"{_version('transformers')}, torch {torch.__version__}",
+            "parameters": parameter_count(self._model),
+            "weight_bytes": weight_bytes(self._model),
             "dtype": str(self._model.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "mode": "eager, sdpa",
@@ -169,7 +173,8 @@ class VllmEngine:
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "mode": f"Transformers backend, {'eager' if self._eager else 'CUDA graphs'}, "
-            f"{config.scheduler_config.max_num_batched_tokens} tokens a step at most",
+            f"{config.scheduler_config.max_num_batched_tokens:,} tokens a step at most, "
+            f"KV cache of {_vllm_room(self._llm.llm_engine):,} tokens",
             "context": self._context,
         }
 

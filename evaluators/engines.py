@@ -28,8 +28,6 @@ _WORKER = Path(__file__).with_name("engine_worker.py")
 _GRACE_SECONDS = 10.0
 _CAUSE = re.compile(r"^[\w.]*(Error|Exception|Interrupt)\b")
 
-Tell = Callable[[str], None]
-
 
 class EngineError(Exception):
     """A worker ended or gave no sense; one line, with the end of what it said."""
@@ -69,6 +67,9 @@ class Case:
     new_tokens: int
 
 
+Tell = Callable[[Case], None]
+
+
 @dataclass(frozen=True)
 class Row:
     """One quantity in one case; by model: the median and quartiles in milliseconds.
@@ -104,9 +105,10 @@ class Bytes:
 class EngineReport:
     """One engine's figures.
 
-    `facts` by model: version, dtype, threads, mode, context, load_seconds, and of the whole
-    process tree peak_bytes; device_bytes where the engine knows them; file_bytes where the weights
-    lie in a folder. `absent` says why there is nothing: not installed, or what went wrong.
+    `facts` by model: version, dtype, threads, mode, context, load_seconds (from the engine's
+    import until it is ready), and of the whole process tree peak_bytes; device_bytes where the
+    engine knows them; file_bytes where the weights are files here; parameters and weight_bytes in
+    transformers. `absent` says why there is nothing: not installed, or what went wrong.
     """
 
     engine: str
@@ -128,7 +130,6 @@ def compare_engine(
     settings: Settings,
     *,
     python: str | None = None,
-    products: bool = True,
     tell: Tell = lambda _: None,
 ) -> EngineReport:
     """Return the times of one model, or of a baseline and a second one, in one engine.
@@ -142,8 +143,7 @@ def compare_engine(
         cases: What to time, in order.
         settings: What the engines are told.
         python: Interpreter that has the engine; None takes this one.
-        products: Time a prefill's matrix products too, where the engine can.
-        tell: Called with one line before each case.
+        tell: Called after each case.
 
     Raises:
         ValueError: an unknown engine, or not one or two models.
@@ -153,15 +153,15 @@ def compare_engine(
             f"engines: got {engine!r} with {len(models)} models; "
             f"allowed: {', '.join(NAMES)}, 1 or 2 models"
         )
-    comparison = _Comparison(engine, models, settings, products)
+    comparison = _Comparison(engine, models, settings)
     with ExitStack() as stack:
         try:
             reason = comparison.load(stack, cases, python or sys.executable)
             if reason is not None:
                 return EngineReport(engine, {}, absent=reason)
             for case in cases:
-                tell(f"{engine}, batch {case.batch}, {case.tokens} tokens")
                 comparison.measure(case)
+                tell(case)
         except EngineError as error:
             return comparison.report(failure=str(error))
         return comparison.report()
@@ -183,11 +183,9 @@ def file_bytes(source: Source) -> int | None:
 class _Comparison:
     """The workers of one engine, and what they have said so far."""
 
-    def __init__(
-        self, engine: str, models: Mapping[str, Source], settings: Settings, products: bool
-    ) -> None:
+    def __init__(self, engine: str, models: Mapping[str, Source], settings: Settings) -> None:
         self._engine, self._models, self._settings = engine, models, settings
-        self._can_products = products and engine == "transformers"
+        self._can_products = engine == "transformers"
         self._can_bytes = engine != "vllm"
         self._workers: dict[str, _Worker] = {}
         self._facts: dict[str, dict[str, Any]] = {}
@@ -198,7 +196,7 @@ class _Comparison:
     def load(self, stack: ExitStack, cases: Sequence[Case], python: str) -> str | None:
         """Start a worker for each model; return why the engine is absent, None when it is there."""
         for name, source in self._models.items():
-            worker = stack.enter_context(_Worker.started(self._engine, python, self._settings))
+            worker = stack.enter_context(_Worker.started(python, self._settings))
             answer = worker.ask(
                 {
                     **asdict(source),
@@ -307,12 +305,12 @@ def _row(phase: str, case: Case, turns: Mapping[str, Sequence[Mapping[str, float
 class _Worker:
     """A process with one engine and one model."""
 
-    def __init__(self, engine: str, process: subprocess.Popen[str], said: IO[bytes]) -> None:
-        self._engine, self._process, self._said = engine, process, said
+    def __init__(self, process: subprocess.Popen[str], said: IO[bytes]) -> None:
+        self._process, self._said = process, said
 
     @classmethod
     @contextmanager
-    def started(cls, engine: str, python: str, settings: Settings) -> Iterator[Self]:
+    def started(cls, python: str, settings: Settings) -> Iterator[Self]:
         """Start the process; it is gone when the block is left.
 
         Raises:
@@ -330,9 +328,9 @@ class _Worker:
                     env=_environment(python, settings.threads),
                 )
             except OSError as error:
-                raise EngineError(f"{engine}: {python}: {error.strerror}") from error
+                raise EngineError(f"{python}: {error.strerror}") from error
             try:
-                yield cls(engine, process, said)
+                yield cls(process, said)
             finally:
                 _end(process)
 
@@ -349,7 +347,7 @@ class _Worker:
             self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            raise EngineError(f"{self._engine}: {self._how_it_ended()}: {self._last_words()}")
+            raise EngineError(f"{self._how_it_ended()}: {self._last_words()}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
