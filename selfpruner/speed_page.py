@@ -105,6 +105,11 @@ def notes(report: SpeedReport) -> list[str]:
         f"{settings.threads} threads a process, {settings.dtype} (llama.cpp: what the file has). "
         "batch x tokens: sequences side by side, and the prompt of each.",
     ]
+    if settings.device == "cuda":
+        said.append(
+            "transformers runs eagerly here: at small batches kernel launches, which narrower "
+            "layers do not spare, bound a decode step."
+        )
     if len(report.models) < 2:
         return said
     said.append(
