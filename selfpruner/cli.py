@@ -180,18 +180,75 @@ def evaluate(
 def speed(
     model: Annotated[str, typer.Argument(help="Folder, hub id, .gguf file or packaged model.")],
     *,
-    baseline: Annotated[str | None, typer.Option(help="Model to compare with.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Model to compare with, in turn.")] = None,
+    engines: Annotated[
+        str | None,
+        typer.Option(help="transformers,vllm,llama.cpp; by default all that can run."),
+    ] = None,
+    batches: Annotated[
+        str | None, typer.Option(help="Sequences side by side: 1,8,64 (1 on a CPU).")
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Prompt tokens: 128,1024,4096 (128,512 on a CPU).")
+    ] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Decode steps timed together: 64 (16 on a CPU).")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="At most; three where time is short.")] = 5,
+    vllm_python: Annotated[
+        str | None,
+        typer.Option(help="Interpreter that has vLLM, such as .venv-vllm/bin/python."),
+    ] = None,
+    gguf: Annotated[Path | None, typer.Option(help="MODEL's file for llama.cpp.")] = None,
+    baseline_gguf: Annotated[
+        Path | None, typer.Option(help="The baseline's file for llama.cpp.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write all figures, too: FILE.json or a page, FILE.html.")
+    ] = None,
     trust_remote_code: _Trust = False,
 ) -> None:
-    """Measure prefill and decoding time and memory."""
+    """Measure prefill and decoding in the engines that serve the model, and memory."""
     with _plain_errors():
-        from selfpruner.inspection import speed_command
+        if out is not None and out.suffix not in (".json", ".html"):
+            raise ValueError(f"--out: got {out}; allowed: a name that ends in .json or .html")
         from selfpruner.progress import Progress
+        from selfpruner.speed import Asked, measure_speed
 
+        asked = Asked(
+            model=model,
+            baseline=baseline,
+            gguf=gguf,
+            baseline_gguf=baseline_gguf,
+            engines=None if engines is None else tuple(engines.replace(",", " ").split()),
+            batches=_numbers("--batches", batches),
+            lengths=_numbers("--lengths", lengths),
+            new_tokens=new_tokens,
+            repeats=repeats,
+            vllm_python=vllm_python,
+            trust_remote_code=trust_remote_code,
+        )
         with Progress() as progress:
-            speed_command(
-                model, baseline=baseline, trust_remote_code=trust_remote_code, progress=progress
-            )
+            measured = measure_speed(asked, progress)
+        from rich.console import Console
+
+        from selfpruner.speed_page import print_speed, write_speed_page
+
+        print_speed(measured, Console())
+        if out is not None:
+            if out.suffix == ".html":
+                write_speed_page(measured, out)
+            else:
+                measured.write(out)
+            typer.echo(f"report: {out}")
+
+
+def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    """Return whole numbers with commas between."""
+    words = None if text is None else text.replace(",", " ").split()
+    if words is not None and (not words or not all(x.isdecimal() for x in words)):
+        raise ValueError(f"{option}: got {text!r}; allowed: whole numbers such as 1,8,64")
+    return None if words is None else tuple(int(x) for x in words)
 
 
 @main.command()

@@ -256,7 +256,7 @@ def test_defects_keep_their_traceback(pipeline: Recorder, monkeypatch: pytest.Mo
 
 
 def test_evaluate_takes_tasks_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    judge = Recorder(monkeypatch, "inspection", "evaluate_command", "speed_command")
+    judge = Recorder(monkeypatch, "inspection", "evaluate_command")
     result = run("evaluate", "m", "--tasks", "piqa,boolq", "--baseline", "d", "--samples", "5")
     assert result.exit_code == 0, result.output
     [(name, (model,), named)] = judge.calls
@@ -273,13 +273,6 @@ def test_evaluate_takes_tasks_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = run("evaluate", "m", "--tasks", "piqa,mmlu")
     assert refused.exit_code == 2
     assert refused.stderr.startswith("selfpruner: --tasks: got mmlu; allowed: boolq, piqa")
-
-
-def test_speed_compares_with_a_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
-    judge = Recorder(monkeypatch, "inspection", "evaluate_command", "speed_command")
-    assert run("speed", "m", "--baseline", "d").exit_code == 0
-    [(name, (model,), named)] = judge.calls
-    assert (name, model, named["baseline"]) == ("speed_command", "m", "d")
 
 
 def test_report_takes_run_folders_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
