@@ -47,6 +47,7 @@ class Shape:
     """
 
     family: str
+    hidden: int
     head_dim: int
     layers: tuple[LayerWidths, ...]
     biases: frozenset[str]
@@ -68,6 +69,7 @@ class Shape:
         prefixes = [f"model.layers.{index}" for index in range(config.num_hidden_layers)]
         return cls(
             family=family,
+            hidden=int(config.hidden_size),
             head_dim=head_dim,
             layers=tuple(_widths(weights, prefix, head_dim) for prefix in prefixes),
             biases=frozenset(
@@ -125,12 +127,14 @@ class Graph:
     """One architecture of llama.cpp, as far as these families need it.
 
     `interleaved`: rotary pairs are neighbours (2i, 2i + 1), not halves (i, i + d/2).
+    `any_heads`: the query heads together need not be as wide as the hidden state.
     """
 
     name: str
     interleaved: bool
     biases: frozenset[str]
     widths_per_layer: bool = False
+    any_heads: bool = True
     head_norms: bool = False
     frequency_factors: bool = False
 
@@ -138,6 +142,9 @@ class Graph:
         """Return what of a model the graph cannot hold, in a few words, or None."""
         if len(set(shape.layers)) > 1 and not self.widths_per_layer:
             return "layers of different widths"
+        narrow = any(x.heads * shape.head_dim != shape.hidden for x in shape.layers)
+        if narrow and not self.any_heads:
+            return "query heads narrower than the hidden state"
         if shape.head_norms and not self.head_norms:
             return "norms on queries and keys"
         if homeless := shape.biases - self.biases:
@@ -150,7 +157,7 @@ class Graph:
 _EVERYWHERE = frozenset(PROJECTIONS)
 _QKV = frozenset(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
 _LLAMA = Graph("llama", True, _EVERYWHERE, frequency_factors=True)
-_QWEN2 = Graph("qwen2", False, _QKV)
+_QWEN2 = Graph("qwen2", False, _QKV, any_heads=False)
 _QWEN3 = Graph("qwen3", False, frozenset(), head_norms=True)
 _DECI = Graph("deci", True, _EVERYWHERE, widths_per_layer=True, frequency_factors=True)
 

@@ -4,9 +4,10 @@ llama.cpp has tokenizers of its own, chosen by name: this file finds the name th
 as the folder's tokenizer does, or refuses. Two kinds are known: byte-level BPE (`gpt2`) and
 SentencePiece-like BPE with bytes as a fallback (`llama`).
 
-What differs all the same: llama.cpp does not normalise text to NFC, as Qwen2's tokenizer does,
-and adds the leading space of a SentencePiece vocabulary after every special token, as Llama 2's
-does and Metaspace with `prepend_scheme: first` does not.
+What differs all the same: llama.cpp does not normalise text to NFC, as Qwen2's tokenizer does. It
+puts the leading space of a SentencePiece vocabulary at the start and after every special token,
+as the normalizer of Llama 2 does; Metaspace with `prepend_scheme: first` puts one at the start
+alone, and none before a space.
 """
 
 from __future__ import annotations
