@@ -1,4 +1,4 @@
-"""The command `selfpruner`: plan, compress, resume, evaluate, speed, experiment, report."""
+"""The command `selfpruner`: from a configuration to a smaller model, and what it is worth."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -249,6 +249,36 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     if words is not None and (not words or not all(x.isdecimal() for x in words)):
         raise ValueError(f"{option}: got {text!r}; allowed: whole numbers such as 1,8,64")
     return None if words is None else tuple(int(x) for x in words)
+
+
+@main.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    *,
+    to: Annotated[
+        Literal["hf", "gguf"],
+        typer.Option(help="A Hugging Face folder, or one file for llama.cpp."),
+    ],
+    dtype: Annotated[
+        Literal["f32", "f16", "q8_0"] | None,
+        typer.Option(help="Of the matrices: f16 by default in a GGUF file, as it is in a folder."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to; RUN/model.gguf by default for gguf.")
+    ] = None,
+) -> None:
+    """Write the pruned model of a run for another engine."""
+    with _plain_errors():
+        from selfpruner.exporting import export_gguf, export_hf
+        from selfpruner.progress import Progress
+        from selfpruner.run_folder import RunFolder
+
+        folder = RunFolder.open(run)
+        with Progress() as progress:
+            if to == "gguf":
+                typer.echo(export_gguf(folder, out, dtype or "f16", progress))
+            else:
+                typer.echo(export_hf(folder, out, dtype, progress))
 
 
 @main.command()
