@@ -74,7 +74,16 @@ def test_configurations_load_nothing_heavy() -> None:
 def test_help_lists_the_commands() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for name in "plan compress resume evaluate speed export experiment report".split():
+    for name in [
+        "plan",
+        "compress",
+        "resume",
+        "evaluate",
+        "speed",
+        "export",
+        "experiment",
+        "report",
+    ]:
         assert name in result.output
 
 
