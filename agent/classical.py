@@ -130,11 +130,12 @@ class Guided(Genetic):
     """
 
     def plan(self, context: SearchContext, slot: Slot, rng: Generator, attempt: int) -> Levels:
-        """Return the knapsack's plan; attempts after the first draw a surrogate anew."""
+        """Return the knapsack's plan; later attempts draw a surrogate anew, then mutate as well."""
         model = surrogate(context, slot.generation)
         if slot.generation == 0 or attempt > 0:
             model = model.sampled(rng)
-        return context.conform(knapsack(context.space, model.table()))
+        levels = context.conform(knapsack(context.space, model.table()))
+        return _mutated(context, levels, attempt // 8, rng)
 
 
 CLASSICAL: dict[str, Classical] = {

@@ -2,8 +2,9 @@
 
 A plan that was scored on one window of a few sequences may have been lucky there. What the
 surrogate has learned from all plans says as much of it as its own score does, so the two are
-combined: a plan stands at its prediction plus a part of the gap that its score leaves, the part
-that is not noise of the window (an empirical Bayes estimate, Efron and Morris, 1975).
+combined: a plan stands at its prediction plus a part of the gap that its score leaves to it, beside
+its generation's. With s the standard error of scores and t^2 what gaps vary by more than that, the
+part is t^2 / (t^2 + s^2) (empirical Bayes, Efron and Morris, 1975).
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import numpy as np
 
 from agent import briefing
 from agent.candidate import Candidate
-from agent.projection import Floats
 from agent.racing import NOT_FINITE
 from agent.state import SearchContext
 from agent.surrogate import surrogate
+
+_TINY = 1e-300
 
 
 def ranked(
@@ -54,21 +56,7 @@ def _standings(
     numbers = np.array([x.generation for x in candidates])
     for number in np.unique(numbers):
         gaps_N[numbers == number] -= gaps_N[numbers == number].mean()
-    standings: list[float] = (predicted_N + _kept(candidates, gaps_N) * gaps_N).tolist()
-    return standings
-
-
-def _kept(candidates: Sequence[Candidate], gaps_N: Floats) -> Floats:
-    """Return which part of each gap is the plan's own: t^2 / (t^2 + s^2).
-
-    s is the standard error of a plan's score, pooled over all plans by the sequences they saw,
-    and t^2 what the gaps vary by more than that.
-    """
-    seen_N = np.array([x.scores["sequences"] for x in candidates], dtype=np.float64)
-    error_N = np.array([x.scores["stderr"] for x in candidates])
-    told = error_N > 0
-    variance = float((error_N[told] ** 2 * seen_N[told]).mean()) if told.any() else 0.0
-    noise_N = variance / seen_N
+    noise_N = model.error**2 / np.array([float(x.charge) for x in candidates])
     own = max(0.0, float((gaps_N**2 - noise_N).mean()))
-    kept: Floats = own / np.maximum(own + noise_N, 1e-300)
-    return kept
+    standings: list[float] = (predicted_N + gaps_N * own / (own + noise_N + _TINY)).tolist()
+    return standings

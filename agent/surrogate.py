@@ -11,25 +11,23 @@ Shapes: N plans, B blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agent import briefing
+from agent.candidate import Candidate
 from agent.loss_curves import Curves, loss_curves
 from agent.projection import Floats
 from agent.racing import NOT_FINITE
 from agent.state import SearchContext
 
 _MOST = 512  # plans it is fitted to, the latest ones
-_SPREADS = (0.1, 0.2, 0.4, 0.8)  # of the blocks' scales around 1
-_UNTAUGHT = 0.2  # the same before anything is scored
-_NOISES = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08)  # what is not explained, in shares of the fitness
-_SHARES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1)  # of the fitness that pruning causes
-_ROUNDS = 2  # the losses of a generation's mean depend on the scales that are looked for
-_LEAST = 0.05  # least scale
+_SPREAD = 0.5  # of the blocks' scales around 1 beforehand
+_MISFIT = 0.02  # of the fitness that no additive model explains, a standard deviation
+_ROUNDS = 2  # the losses of a window's mean depend on the scales that are looked for
+_LEAST = 0.05  # least scale: no block is thought to be free
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,7 @@ class Surrogate:
         covariance: of the scales, (B, B).
         unit: fitness that a unit of scaled loss is worth.
         offset: fitness without any loss.
+        error: standard error of a plan's fitness on a whole window, as fitness.
     """
 
     curves: Curves
@@ -49,6 +48,7 @@ class Surrogate:
     covariance: Floats
     unit: float = 1.0
     offset: float = 0.0
+    error: float = 0.0
 
     def predict(self, levels: Sequence[tuple[int, int]]) -> float:
         """Return the fitness that a plan is thought to have; lower is better."""
@@ -57,8 +57,7 @@ class Surrogate:
     def sampled(self, rng: np.random.Generator) -> Surrogate:
         """Return a surrogate drawn from this one, of which it is certain (Thompson sampling)."""
         drawn = rng.multivariate_normal(self.mean, self.covariance, method="eigh")
-        none = np.zeros_like(self.covariance)
-        return Surrogate(self.curves, drawn, none, self.unit, self.offset)
+        return replace(self, mean=drawn, covariance=np.zeros_like(self.covariance))
 
     def table(self) -> list[list[list[float]]]:
         """Return `[layer][block][level]` what keeping a level adds to the fitness."""
@@ -96,7 +95,27 @@ def _fitted(context: SearchContext, generation: int) -> Surrogate:
         [x.fitness for x in known],
         [float(x.charge) for x in known],
         [0 if one_window else x.generation for x in known],
+        _sampling_error(known),
     )
+
+
+def _sampling_error(candidates: Sequence[Candidate]) -> float:
+    """Return the standard error of a complete plan's fitness beside its generation, a share of it.
+
+    Sequences differ in how hard they are, for all plans alike: what tells plans apart by chance is
+    only what is left of the ratios to the generation's mean on each sequence when the mean of each
+    plan is taken away as well.
+    """
+    squares, freedom = 0.0, 0
+    complete = [x for x in candidates if x.is_complete]
+    for number in dict.fromkeys(x.generation for x in complete):
+        rows_NS = np.array([x.values for x in complete if x.generation == number])
+        if min(rows_NS.shape) < 2 or (rows_NS <= 0).any():
+            continue
+        ratios_NS = rows_NS / rows_NS.mean(axis=0)
+        squares += float(((ratios_NS - ratios_NS.mean(axis=1, keepdims=True)) ** 2).sum())
+        freedom += (rows_NS.shape[0] - 1) * (rows_NS.shape[1] - 1) * rows_NS.shape[1]
+    return float(np.sqrt(squares / freedom)) if freedom else 0.0
 
 
 def fit(
@@ -105,13 +124,14 @@ def fit(
     fitness: Sequence[float],
     shares: Sequence[float],
     windows: Sequence[int] | None = None,
+    error: float = 0.0,
 ) -> Surrogate:
     """Return the posterior of the scales given scored plans.
 
     With y the fitness over the mean of its window, less 1, and x the losses less their window's
-    mean, over the window's mean total loss: y = share * x @ scales + noise. Beforehand the scales
-    are 1, give or take a spread. The spread, the noise and the share of the fitness that pruning
-    causes are those of a small grid that make the data likeliest.
+    mean, over the window's mean total loss: y = x @ scales + noise. It is right where fitness is
+    caused by pruning alone, as a divergence is; where it has a large part of its own, such as the
+    entropy of text, scales come out too near to each other.
 
     Args:
         curves: losses by level.
@@ -119,37 +139,26 @@ def fit(
         fitness: of each plan, finite.
         shares: of the sequences that each has seen, above 0 to 1.
         windows: on which each was scored; None: all on one.
+        error: standard error of a score on a whole window, as a share of the fitness.
     """
     num_blocks = 2 * len(curves)
-    prior = Surrogate(curves, np.ones(num_blocks), _UNTAUGHT**2 * np.eye(num_blocks))
+    model = Surrogate(curves, np.ones(num_blocks), _SPREAD**2 * np.eye(num_blocks))
     if not len(plans):
-        return prior
+        return model
     y_N = np.array(fitness, dtype=np.float64)
+    variance_N = _MISFIT**2 + error**2 / np.array(shares)
     losses_NB = np.array([_losses(curves, x) for x in plans])
     member_GN = _members([0] * len(plans) if windows is None else windows)
-    totals_N = losses_NB.sum(axis=1)
-    if np.ptp(y_N) <= 1e-12 * np.abs(y_N).max() or np.ptp(totals_N) == 0 or len(y_N) < 2:
-        return _levelled(prior, y_N, losses_NB, 1.0)
     level_N = _means(member_GN, y_N)
-    sound = np.where(np.abs(level_N) > 0, np.abs(level_N), 1.0)
-    target_N = (y_N - level_N) / sound
-    weight_N = np.sqrt(np.array(shares))
-    model, share = prior, 1.0
+    target_N = (y_N - level_N) / np.where(level_N != 0, np.abs(level_N), 1.0)
     for _ in range(_ROUNDS):
         scale_N = np.maximum(_means(member_GN, losses_NB @ model.scales), 1e-300)
         x_NB = (losses_NB - _means(member_GN, losses_NB)) / scale_N[:, None]
-        mean_B, covariance_BB, share = _posterior(weight_N[:, None] * x_NB, weight_N * target_N)
-        model = Surrogate(curves, mean_B, covariance_BB)
-    return _levelled(model, y_N, losses_NB, share)
-
-
-def _levelled(model: Surrogate, y_N: Floats, losses_NB: Floats, share: float) -> Surrogate:
-    """Return the model with the unit and the offset that meet the plans in the mean."""
-    level = float(y_N.mean())
-    total = float((losses_NB @ model.scales).mean())
-    unit = share * abs(level) / total if total > 0 and level else 1.0
-    offset = level - unit * total
-    return Surrogate(model.curves, model.mean, model.covariance, unit, offset)
+        mean_B, covariance_BB = _posterior(x_NB, target_N, variance_N)
+        model = replace(model, mean=mean_B, covariance=covariance_BB)
+    total, level = float((losses_NB @ model.scales).mean()), float(y_N.mean())
+    unit = abs(level) / total if total > 0 and level else 1.0
+    return replace(model, unit=unit, offset=level - unit * total, error=error * abs(level))
 
 
 def _members(windows: Sequence[int]) -> Floats:
@@ -166,23 +175,12 @@ def _means(member_GN: Floats, rows: Floats) -> Floats:
     return means
 
 
-def _posterior(x_NB: Floats, y_N: Floats) -> tuple[Floats, Floats, float]:
-    """Return mean and covariance of the scales, and the share, that make the data likeliest.
-
-    All of the grid are judged by one eigendecomposition of x x'.
-    """
-    values_N, basis_NN = np.linalg.eigh(x_NB @ x_NB.T)
-    told_N, prior_N = basis_NN.T @ y_N, basis_NN.T @ x_NB.sum(axis=1)
-    grid = np.array(list(product(_SPREADS, _NOISES, _SHARES)))
-    spread_G1, noise_G1, share_G1 = (column[:, None] for column in grid.T)
-    variance_GN = (share_G1 * spread_G1) ** 2 * np.maximum(values_N, 0) + noise_G1**2
-    rest_GN = told_N - share_G1 * prior_N
-    evidence_G = -0.5 * (rest_GN**2 / variance_GN + np.log(variance_GN)).sum(axis=1)
-    best = int(np.argmax(evidence_G))
-    spread, _, share = grid[best].tolist()
-    gain_BN = share * spread**2 * (x_NB.T @ basis_NN)
-    covariance_BB = spread**2 * np.eye(x_NB.shape[1]) - (gain_BN / variance_GN[best]) @ gain_BN.T
-    return 1 + gain_BN @ (rest_GN[best] / variance_GN[best]), covariance_BB, share
+def _posterior(x_NB: Floats, y_N: Floats, variance_N: Floats) -> tuple[Floats, Floats]:
+    """Return mean and covariance of scales that are 1 beforehand, give or take `_SPREAD`."""
+    gain_NB = _SPREAD**2 * x_NB
+    told_NB = np.linalg.solve(gain_NB @ x_NB.T + np.diag(variance_N), gain_NB)
+    covariance_BB = _SPREAD**2 * np.eye(x_NB.shape[1]) - gain_NB.T @ told_NB
+    return 1 + told_NB.T @ (y_N - x_NB.sum(axis=1)), covariance_BB
 
 
 def _losses(curves: Curves, levels: Sequence[tuple[int, int]]) -> Floats:

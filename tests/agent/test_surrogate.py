@@ -86,7 +86,7 @@ def test_it_learns_to_rank_an_additive_fitness(layers: int, least: float) -> Non
 
 def test_with_the_scales_it_predicts_the_fitness_itself() -> None:
     space = space_of(6)
-    truth = Additive(space, 1, spread=0.3)
+    truth = Additive(space, 1, spread=0.3, base=0.0)
     plans = neighbours(space, space.project(np.full((6, 2), 0.7)), 80, 1)
     model = fit(truth.curves, plans[:60], [truth(x) for x in plans[:60]], [1.0] * 60)
     errors = [model.predict(x) - truth(x) for x in plans[60:]]
@@ -100,8 +100,9 @@ def test_a_plan_that_has_seen_less_is_trusted_less() -> None:
     fitness = np.array([truth(x) for x in plans])
     shares = np.tile([1.0, 0.05], 30)
     noise = np.random.default_rng(0).standard_normal(60) * np.where(shares < 1, fitness.std(), 0)
-    told = fit(truth.curves, plans, (fitness + noise).tolist(), shares.tolist())
-    untold = fit(truth.curves, plans, (fitness + noise).tolist(), [1.0] * 60)
+    scores, error = (fitness + noise).tolist(), np.sqrt(0.05) * fitness.std() / fitness.mean()
+    told = fit(truth.curves, plans, scores, shares.tolist(), error=error)
+    untold = fit(truth.curves, plans, scores, [1.0] * 60, error=error)
     asked = neighbours(space, plans[0], 60, 3)
     assert agreement(told, truth, asked) > agreement(untold, truth, asked)
 
