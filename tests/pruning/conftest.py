@@ -239,7 +239,7 @@ class LlamaCpp:
         return ids
 
     def continued(self, ids: list[int], num: int) -> list[int]:
-        """`num` greedy tokens, whether or not one ends the text."""
+        """`num` greedy tokens, none of which ends the text."""
         asked = {"prompt": ids, "n_predict": num, "temperature": 0, "ignore_eos": True}
         answer = self._post("completion", asked | {"return_tokens": True, "cache_prompt": False})
         tokens: list[int] = answer["tokens"]

@@ -84,9 +84,15 @@ def _difference(engine: Any, model: PreTrainedModel, ids: list[int], tokenizer: 
     return max(abs(logprob - float(expected[token])) for token, logprob in found.items())
 
 
-def _greedy(model: PreTrainedModel, ids: list[int], num: int) -> list[int]:
+def _greedy(model: PreTrainedModel, ids: list[int], banned: list[int]) -> list[int]:
+    prompt = torch.tensor([ids])
     made = model.generate(
-        torch.tensor([ids]), max_new_tokens=num, do_sample=False, eos_token_id=None
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=24,
+        do_sample=False,
+        eos_token_id=None,
+        suppress_tokens=banned,
     )
     continued: list[int] = made[0, len(ids) :].tolist()
     return continued
@@ -108,8 +114,9 @@ def test_llama_cpp_continues_as_transformers_does(
     path = tmp_path / "model.gguf"
     assert write_gguf(tmp_path / "model", path, "f32") == architecture
     engine = llama_cpp(path)
+    ends = bpe.convert_tokens_to_ids(["</s>", "<|endoftext|>"])
     for ids in make_tokens(3, 70).tolist():
-        assert engine.continued(ids, 24) == _greedy(model, ids, 24)
+        assert engine.continued(ids, 24) == _greedy(model, ids, ends)
         assert _difference(engine, model, ids, bpe) < 1e-5
 
 

@@ -65,9 +65,15 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, P
     return export(sliced(elastic, plan), tokenizer, folder, torch.float32), folder
 
 
-def _greedy(model: PreTrainedModel, ids: list[int]) -> list[int]:
+def _greedy(model: PreTrainedModel, ids: list[int], banned: list[int]) -> list[int]:
+    prompt = torch.tensor([ids])
     made = model.generate(
-        torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None
+        prompt,
+        attention_mask=torch.ones_like(prompt),  # else an <|im_end|> in the prompt is padding
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+        suppress_tokens=banned,
     )
     continued: list[int] = made[0, len(ids) :].tolist()
     return continued
@@ -82,7 +88,8 @@ def test_llama_cpp_says_what_transformers_says(
     register_with_transformers()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = [tokenizer(x).input_ids for x in PROMPTS]
-    expected = [_greedy(model, ids) for ids in prompts]
+    ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    expected = [_greedy(model, ids, ends) for ids in prompts]
     agreement = {}
     for dtype in ("f32", "q8_0"):
         path = folder.with_suffix(f".{dtype}.gguf")
