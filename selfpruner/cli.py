@@ -45,7 +45,9 @@ def compress(
     model: Annotated[
         str | None, typer.Option(help="Hub id, folder, .gguf file or packaged model.")
     ] = None,
-    budget: Annotated[str | None, typer.Option(help="What may remain: parameters=0.7.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="What may remain: parameters=0.7, memory=40GiB, speedup=1.4.")
+    ] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="Any setting: search.population=16.")
     ] = None,
@@ -53,6 +55,10 @@ def compress(
     replace: Annotated[
         bool, typer.Option("--replace", help="Remove an earlier run first.")
     ] = False,
+    pick: Annotated[
+        str | None,
+        typer.Option(help="Plan of the front to finish: budget, knee, fastest or most-accurate."),
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="Evaluate on whole task sets.")] = False,
 ) -> None:
     """Prune a model to a budget, export it and report accuracy and speed."""
@@ -62,6 +68,7 @@ def compress(
         from selfpruner.run_folder import RunFolder
 
         settings = list(setting or []) + (["evaluation.samples=null"] if full else [])
+        settings += [f"front.pick={pick}"] if pick is not None else []
         run = load_config(config, model=model, budget=budget, settings=settings)
         run_folder = RunFolder.create(folder, run, replace=replace)
         _run(run, run_folder)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from agent import allocators, knapsack
 from agent.projection import Floats, Levels, Space
 from pruning.architecture import Architecture
-from pruning.plan import Budget, BudgetKind, Grid
+from pruning.budget import Budget, BudgetKind
+from pruning.plan import Grid
 
 SMOLLM = Architecture("llama", 30, 576, 9, 3, 64, 1536, 49152, True)
 LARGE = Architecture("llama", 80, 8192, 64, 8, 128, 28672, 128256, False)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from agent.projection import Space
 from pruning.architecture import Architecture
-from pruning.plan import AttentionUnit, Budget, BudgetKind, Grid
+from pruning.budget import Budget, BudgetKind
+from pruning.plan import AttentionUnit, Grid
 
 FAMILIES = {
     "llama": Architecture("llama", 5, 96, 8, 8, 12, 256, 1000, False),

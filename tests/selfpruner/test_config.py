@@ -129,7 +129,7 @@ def test_later_layers_win_key_by_key(write: Write) -> None:
     assert config.search.population == 20  # file over recipe
     assert config.search.crossover == 5  # command line over recipe
     assert config.search.evaluations == 430  # recipe over default
-    assert config.pruning.step == 32  # default
+    assert config.pruning.target == "cpu"  # default
 
 
 def test_recipe_can_come_from_the_command_line(write: Write) -> None:
