@@ -118,7 +118,7 @@ def _units(context: SearchContext) -> str:
     attention = f"Attention keeps {grid.attention[a_low]} to {grid.attention[a_high]} {name}"
     if a_low == a_high:
         attention = f"Attention keeps {grid.attention[a_high]} {name}, fixed"
-    step = grid.mlp[0]
+    step = grid.mlp_step
     return f"{attention}; an MLP keeps {m_low + 1} to {m_high + 1} steps of {step} channels."
 
 

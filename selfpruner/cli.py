@@ -1,4 +1,4 @@
-"""The command `selfpruner`: compress, resume, evaluate, speed, experiment, report."""
+"""The command `selfpruner`: compress, resume, evaluate, speed, profile, experiment, report."""
 
 from __future__ import annotations
 
@@ -163,6 +163,48 @@ def speed(
             speed_command(
                 model, baseline=baseline, trust_remote_code=trust_remote_code, progress=progress
             )
+
+
+@main.command()
+def profile(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="MODEL|CONFIG", help="A model, or a configuration for its grid."),
+    ],
+    *,
+    phase: Annotated[str, typer.Option(help="decode or prefill.")] = "decode",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Of the prompt, or in the cache of each sequence.")
+    ] = 512,
+    plans: Annotated[int, typer.Option(help="Unseen plans to check it with.")] = 12,
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure anew what is known of this machine.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of its files; runs/profiles/MODEL-PHASE.")
+    ] = None,
+    trust_remote_code: _Trust = False,
+) -> None:
+    """Measure times by width on this machine, and how well they predict whole models."""
+    with _plain_errors():
+        if phase not in ("decode", "prefill"):
+            raise ValueError(f"--phase: got {phase}; allowed: decode, prefill")
+        from selfpruner.latency_table import Workload
+        from selfpruner.profile import profile_command
+        from selfpruner.progress import Progress
+
+        with Progress() as progress:
+            page = profile_command(
+                source,
+                workload=Workload(phase, batch, tokens),
+                plans=plans,
+                again=again,
+                out=out,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+            )
+        typer.echo(f"page: {page}")
 
 
 @main.command()

@@ -144,6 +144,17 @@ class RunConfig(Settings):
             return self.budget.workload
         return Workload("prefill", 1, self.data.length)
 
+    @property
+    def judged(self) -> EvaluationSettings:
+        """How the finished model is judged: where a speedup was asked, its speed at that load."""
+        if self.budget.kind != "speedup":
+            return self.evaluation
+        asked = self.budget.workload
+        speed = {"batch": asked.batch, "prompt_tokens": asked.tokens}
+        return self.evaluation.model_copy(
+            update={"speed": self.evaluation.speed.model_copy(update=speed)}
+        )
+
     def to_yaml(self) -> str:
         """Return the whole tree as YAML; `parse_config` of it gives an equal tree."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
