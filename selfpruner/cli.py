@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -172,7 +172,7 @@ def profile(
         typer.Argument(metavar="MODEL|CONFIG", help="A model, or a configuration for its grid."),
     ],
     *,
-    phase: Annotated[str, typer.Option(help="decode or prefill.")] = "decode",
+    phase: Annotated[Literal["decode", "prefill"], typer.Option(help="What is timed.")] = "decode",
     batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
     tokens: Annotated[
         int, typer.Option(min=1, help="Of the prompt, or in the cache of each sequence.")
@@ -188,8 +188,6 @@ def profile(
 ) -> None:
     """Measure times by width on this machine, and how well they predict whole models."""
     with _plain_errors():
-        if phase not in ("decode", "prefill"):
-            raise ValueError(f"--phase: got {phase}; allowed: decode, prefill")
         from selfpruner.latency_table import Workload
         from selfpruner.profile import profile_command
         from selfpruner.progress import Progress

@@ -74,20 +74,22 @@ class LatencyTable:
         layers: int,
         attention: Mapping[int, float],
         mlp: Mapping[int, float],
+        noise: float = 0.0,
     ) -> LatencyTable:
         """Return the uncalibrated table from times of whole models.
 
         `attention[units]` is what a model takes all of whose layers keep that many units and all
-        channels, `mlp[channels]` likewise with all units; both have the dense model. Times are
-        made to rise with size. What a block would take with nothing left, by the straight line
-        through its curve, counts with the base: only differences bear on a prediction.
+        channels, `mlp[channels]` likewise with all units; both have the dense model. Steps in a
+        curve that `noise` milliseconds explain are not believed, and times are made to rise with
+        size. What a block would take with nothing left, by the straight line through its curve,
+        counts with the base: only differences bear on a prediction.
         """
-        whole = (max(attention.values()) + max(mlp.values())) / 2
+        whole = mlp[dense.mlp_channels]
         curves = []
         for measured in (attention, mlp):
             kept = sorted(measured)
-            times = rising([measured[x] for x in kept])
-            nothing = min(_at_zero(kept, times), times[0])
+            times = rising(believed(kept, [measured[x] for x in kept], noise))
+            nothing = min(_line(kept, times)[1], times[0])
             curves.append(
                 tuple((k, float(t - nothing) / layers) for k, t in zip(kept, times, strict=True))
             )
@@ -195,12 +197,24 @@ def rising(values: ArrayLike) -> Floats:
     return np.concatenate([np.full(int(count), mean) for mean, count in pools])
 
 
-def _at_zero(kept: Sequence[int], times: Floats) -> float:
-    """Return where the straight line through the curve meets 0 units kept."""
+def believed(kept: Sequence[int], times: Sequence[float], noise: float) -> Floats:
+    """Return the straight line through a curve and of each departure from it what passes `noise`.
+
+    A noisy machine then shows no steps where there are none, and a quiet one all that there are.
+    """
+    measured = np.asarray(times, dtype=np.float64)
+    slope, start = _line(kept, measured)
+    line = start + slope * np.asarray(kept)
+    departure = measured - line
+    return line + np.sign(departure) * np.maximum(0, np.abs(departure) - noise)
+
+
+def _line(kept: Sequence[int], times: Floats) -> tuple[float, float]:
+    """Return slope and start of the line of least squares; a flat one through a single point."""
     if len(kept) < 2:
-        return float(times[0])
+        return 0.0, float(times[0])
     slope, start = np.polyfit(kept, times, 1)
-    return float(start) if slope > 0 else float(times[0])
+    return float(slope), float(start)
 
 
 def _worth(row: Sequence[int]) -> list[int]:

@@ -41,13 +41,15 @@ class Detail:
     """How finely a table is measured.
 
     Attributes:
-        widths: MLP widths, and attention widths, at most; linear in between.
+        attention: numbers of attention units at most; linear in between.
+        mlp: MLP widths at most.
         rounds: how often models take turns.
-        calibration: whole random models, beside the dense one and the smallest.
+        calibration: whole random models, beside the dense one and the smallest; 0 to go without.
         graphs: whether a GPU replays CUDA graphs.
     """
 
-    widths: int
+    attention: int
+    mlp: int
     rounds: int
     calibration: int
     graphs: bool
@@ -55,12 +57,13 @@ class Detail:
     @classmethod
     def coarse(cls) -> Detail:
         """Return what does for prompts and the report: seconds on a CPU."""
-        return cls(widths=3, rounds=3, calibration=0, graphs=False)
+        return cls(attention=2, mlp=3, rounds=2, calibration=0, graphs=False)
 
     @classmethod
     def fine(cls, device: torch.device) -> Detail:
         """Return what a search within a speedup needs; on a GPU tiles show as steps."""
-        return cls(33 if device.type == "cuda" else 9, rounds=5, calibration=4, graphs=True)
+        widths = 33 if device.type == "cuda" else 9
+        return cls(widths, widths, rounds=5, calibration=4, graphs=True)
 
 
 def stored_table(folder: RunFolder | None) -> LatencyTable | None:
@@ -110,15 +113,18 @@ def measure(
     """Return a table measured now."""
     layers = family_of(model)[1].layers
     top = (len(grid.attention) - 1, len(grid.mlp) - 1)
-    attention = _spread(len(grid.attention), detail.widths)
-    mlp = _spread(len(grid.mlp), detail.widths)
+    attention = _spread(len(grid.attention), detail.attention)
+    mlp = _spread(len(grid.mlp), detail.mlp)
     by_attention = {x: grid.plan([(x, top[1])] * layers) for x in attention}
     by_mlp = {x: grid.plan([(top[0], x)] * layers) for x in mlp}
-    whole = [grid.plan([top] * layers), grid.plan([(0, 0)] * layers)]
-    whole += random_plans(grid, layers, detail.calibration, seed=0)
-    plans = list(dict.fromkeys([*by_attention.values(), *by_mlp.values(), *whole]))
+    dense = grid.plan([top] * layers)
+    whole = random_plans(grid, layers, detail.calibration, seed=0)
+    if whole:
+        whole += [dense, grid.plan([(0, 0)] * layers)]
+    plans = list(dict.fromkeys([dense, *by_attention.values(), *by_mlp.values(), *whole]))
     with progress.stage(f"latency of {workload}", detail.rounds * len(plans)) as advance:
         rounds = timed(model, plans, workload, detail, on_visit=advance)
+    repeats = repeatability(rounds)
     medians = dict(zip(plans, np.median(rounds, axis=0).tolist(), strict=True))
     table = LatencyTable.of_models(
         workload,
@@ -127,10 +133,11 @@ def measure(
         layers,
         {grid.attention[x]: medians[plan] for x, plan in by_attention.items()},
         {grid.mlp[x]: medians[plan] for x, plan in by_mlp.items()},
+        noise=repeats * medians[dense],
     )
-    return table.calibrated(whole, [medians[x] for x in whole]).with_repeatability(
-        repeatability(rounds)
-    )
+    if whole:
+        table = table.calibrated(whole, [medians[x] for x in whole])
+    return table.with_repeatability(repeats)
 
 
 def timed(
@@ -140,7 +147,7 @@ def timed(
     detail: Detail,
     on_visit: Any = lambda: None,
 ) -> NDArray[np.float64]:
-    """Return milliseconds (rounds, plans) of whole models of these shapes, in turn."""
+    """Return milliseconds (rounds, plans) of whole models of these shapes, the dense one first."""
     family, _ = family_of(model)
     models = [shaped(model, plan) for plan in plans]
     return take_turns(

@@ -22,8 +22,8 @@ from selfpruner.latency_table import Workload
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
-_WARM = 2
-_LEAST_SECONDS = 0.05  # of one visit: short calls are timed several times
+_WARM = 3  # calls on a GPU before a graph is captured, and replays before one is timed
+_LEAST_SECONDS = 0.2  # of one visit: short calls are timed several times
 _MOST_CALLS = 10
 
 
@@ -36,22 +36,29 @@ def take_turns(
     graphs: bool,
     on_visit: Callable[[], None] = lambda: None,
 ) -> NDArray[np.float64]:
-    """Return milliseconds (rounds, models), each the median of a few calls.
+    """Return milliseconds (rounds, models).
 
     Models take turns, in an order that is reversed from one round to the next, so that a machine
     that drifts does so for all alike. `graphs` replays CUDA graphs on a GPU, where launching
-    kernels one by one would hide how long they take; elsewhere it does nothing.
+    kernels one by one would hide how long they take. Otherwise every model is called by turns with
+    the first one, and what counts is how long it takes beside that: other processes then slow both.
     """
-    found = np.zeros((rounds, len(models)))
+    replays = graphs and models[0].device.type == "cuda"
+    found = np.ones((rounds, len(models)))
+    reference = Pass(models[0], family, workload)
+    references = [] if replays else [_one_call(reference) for _ in range(2)][1:]
     order = list(enumerate(models))
     for round_ in range(rounds):
         for index, model in order:
-            replays = graphs and model.device.type == "cuda"
-            run = Pass(model, family, workload, in_place=replays)
-            found[round_, index] = _replayed(run) if replays else _called(run)
+            if replays:
+                found[round_, index] = _replayed(Pass(model, family, workload, in_place=True))
+            elif index:
+                pairs = _beside(reference, Pass(model, family, workload))
+                found[round_, index] = np.median(pairs[:, 1] / pairs[:, 0])
+                references.extend(pairs[:, 0])
             on_visit()
         order.reverse()
-    return found
+    return found if replays else found * np.median(references)
 
 
 class Pass:
@@ -133,12 +140,11 @@ class Pass:
         return cache
 
 
-def _called(run: Pass) -> float:
-    """Return the median milliseconds of a call, timed by the clock."""
-    for _ in range(_WARM):
-        took = _one_call(run)
+def _beside(reference: Pass, run: Pass) -> NDArray[np.float64]:
+    """Return the milliseconds (calls, 2) of two passes that are called by turns."""
+    took = 2 * _one_call(run)  # the first call warms up, and says how many there is time for
     calls = max(1, min(_MOST_CALLS, int(1000 * _LEAST_SECONDS / took)))
-    return float(np.median([_one_call(run) for _ in range(calls)]))
+    return np.array([(_one_call(reference), _one_call(run)) for _ in range(calls)])
 
 
 def _one_call(run: Pass) -> float:

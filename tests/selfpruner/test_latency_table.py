@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pruning.budget import Budget
 from pruning.plan import Grid, LayerPlan, Plan
-from selfpruner.latency_table import LatencyTable, Workload, rising
+from selfpruner.latency_table import LatencyTable, Workload, believed, rising
 
 DENSE = LayerPlan(4, 2, 64)
 GRID = Grid("kv_group", (1, 2, 3, 4), tuple(range(8, 65, 8)), DENSE)
@@ -98,6 +98,19 @@ def test_times_are_made_to_rise() -> None:
     assert table.attention[1][1] == table.attention[2][1]
     assert table.worthwhile(GRID).attention == (1, 3, 4)
     assert table.milliseconds(Plan((DENSE,) * LAYERS)) == pytest.approx(77)
+
+
+def test_steps_within_the_noise_are_not_believed() -> None:
+    """Off the line by -2, +4, -2: within 3 of noise only the middle one stands out, by 1."""
+    assert believed([1, 2, 3], [9.0, 17.0, 13.0], 0.0).tolist() == pytest.approx([9, 17, 13])
+    assert believed([1, 2, 3], [9.0, 17.0, 13.0], 3.0).tolist() == pytest.approx([11, 14, 15])
+    assert believed([1, 2, 3], [9.0, 17.0, 13.0], 9.0).tolist() == pytest.approx([11, 13, 15])
+    assert believed([5], [9.0], 1.0).tolist() == [9]
+    stairs = {k: 77 - LAYERS * 0.25 * (64 - 16 * math.ceil(k / 16)) for k in GRID.mlp}
+    noisy = LatencyTable.of_models(
+        DECODE, "kv_group", DENSE, LAYERS, {1: 59.0, 4: 77.0}, stairs, noise=6.0
+    )
+    assert noisy.worthwhile(GRID) == GRID
 
 
 def test_query_heads_are_counted_where_they_are_the_unit() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
 
 DECODE, PREFILL = Workload("decode", 2, 12), Workload("prefill", 2, 12)
-QUICK = Detail(widths=3, rounds=2, calibration=2, graphs=True)
+QUICK = Detail(attention=3, mlp=3, rounds=2, calibration=2, graphs=True)
 PLAN = Plan((LayerPlan(1, 2, 16), LayerPlan(2, 2, 48), LayerPlan(2, 2, 8)))
 
 
@@ -104,22 +105,32 @@ def test_a_timed_token_of_a_shaped_model(llama: PreTrainedModel) -> None:
 def test_models_take_turns_there_and_back(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A clock that charges 10 ms a call of the wide model and 4 of the narrow one."""
+    """A clock that charges 10 ms a call of the wide model and 4 of the narrow one, three times as
+    much while another process runs: from the second round on."""
     clock, visits = [0.0], []
+    wide, narrow = Plan((LayerPlan(2, 2, 48),) * 3), PLAN
 
     def called(self: stopwatch.Pass) -> None:
-        wide = layer_plan(self._model) == Plan((LayerPlan(2, 2, 48),) * 3)
-        visits.append("wide" if wide else "narrow")
-        clock[0] += 0.010 if wide else 0.004
+        is_wide = layer_plan(self._model) == wide
+        visits.append("wide" if is_wide else "narrow")
+        clock[0] += (0.010 if is_wide else 0.004) * (3 if rounds else 1)
+
+    rounds: list[int] = []
+    seen: list[int] = []
+
+    def visited() -> None:
+        seen.append(len(visits))
+        rounds.extend([1] * (len(seen) == 2))
 
     monkeypatch.setattr(stopwatch.Pass, "__call__", called)
     monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: clock[0])
-    models = [shaped(llama, Plan((LayerPlan(2, 2, 48),) * 3)), shaped(llama, PLAN)]
+    models = [shaped(llama, wide), shaped(llama, narrow)]
     family = family_of(llama)[0]
-    found = stopwatch.take_turns(models, family, DECODE, 2, graphs=True)
-    assert found == pytest.approx(np.array([[10, 4], [10, 4]]))
-    runs = [name for i, name in enumerate(visits) if i == 0 or visits[i - 1] != name]
-    assert runs == ["wide", "narrow", "wide"]
+    found = stopwatch.take_turns(models, family, DECODE, 2, graphs=True, on_visit=visited)
+    assert found[:, 1] / found[:, 0] == pytest.approx([0.4, 0.4])
+    by_visit = [visits[a:b] for a, b in pairwise([2, *seen])]
+    assert [set(x) for x in by_visit] == [set(), {"wide", "narrow"}, {"wide", "narrow"}, set()]
+    assert by_visit[1] == ["narrow", *["wide", "narrow"] * 10]
 
 
 def _linear(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
@@ -187,7 +198,7 @@ def test_tables_are_measured_once(
     assert count(llama, grid, DECODE, QUICK, again=True) > 0
     # What times depend on: the workload, how finely, the shape, the dtype and the threads.
     assert count(llama, grid, PREFILL, QUICK) > 0
-    assert count(llama, grid, DECODE, Detail(3, 3, 2, True)) > 0
+    assert count(llama, grid, DECODE, Detail(3, 3, 3, 2, True)) > 0
     assert count(llama, Grid.of(family_of(llama)[1], 16), DECODE, QUICK) > 0
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
