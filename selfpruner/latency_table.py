@@ -206,7 +206,8 @@ def believed(kept: Sequence[int], times: Sequence[float], noise: float) -> Float
     slope, start = _line(kept, measured)
     line = start + slope * np.asarray(kept)
     departure = measured - line
-    return line + np.sign(departure) * np.maximum(0, np.abs(departure) - noise)
+    found: Floats = line + np.sign(departure) * np.maximum(0, np.abs(departure) - noise)
+    return found
 
 
 def _line(kept: Sequence[int], times: Floats) -> tuple[float, float]:

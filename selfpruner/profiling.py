@@ -110,7 +110,17 @@ def known_table(
 def measure(
     model: PreTrainedModel, grid: Grid, workload: Workload, detail: Detail, progress: Progress
 ) -> LatencyTable:
-    """Return a table measured now."""
+    """Return a table measured now.
+
+    Raises:
+        ValueError: the workload is longer than a sliding attention window, which is not timed.
+    """
+    window = getattr(model.config, "sliding_window", None)
+    if window is not None and workload.tokens >= window:
+        raise ValueError(
+            f"tokens: got {workload.tokens}, this model attends within a window of {window}; "
+            "times are taken of less than that"
+        )
     layers = family_of(model)[1].layers
     top = (len(grid.attention) - 1, len(grid.mlp) - 1)
     attention = _spread(len(grid.attention), detail.attention)

@@ -165,6 +165,14 @@ def test_a_linear_machine_is_found(llama: PreTrainedModel, monkeypatch: pytest.M
         assert table.milliseconds(plan) == pytest.approx(by_hand)
 
 
+def test_more_than_a_window_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    mistral = _model("mistral")
+    grid = Grid.of(family_of(mistral)[1], 8)
+    monkeypatch.setattr(mistral.config, "sliding_window", 12)
+    with pytest.raises(ValueError, match=r"^tokens: got 12, .* within a window of 12; .*$"):
+        measure(mistral, grid, DECODE, QUICK, Progress())
+
+
 @pytest.mark.parametrize("workload", [DECODE, PREFILL])
 @pytest.mark.parametrize("unit", ["kv_group", "query_head"])
 def test_a_real_measurement_is_sound(llama: PreTrainedModel, workload: Workload, unit: Any) -> None:
