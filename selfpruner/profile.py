@@ -17,6 +17,7 @@ from pruning.plan import Grid, Plan
 from selfpruner.config import RunConfig, load_config
 from selfpruner.environment import device_name, package_version
 from selfpruner.latency_table import LatencyTable, Workload
+from selfpruner.notation import times
 from selfpruner.profiling import Detail, known_table, random_plans, repeatability, timed
 from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
@@ -191,7 +192,15 @@ def _told(row: Row) -> dict[str, Any]:
 def _print(found: Profile) -> None:
     title = f"{found.model}: {found.table.workload}, {found.conditions['device']}"
     table = Table(title=title, title_justify="left")
-    for heading in ("plan", "blocks kept", "predicted ms", "measured ms", "error"):
+    for heading in (
+        "plan",
+        "kept",
+        "predicted ms",
+        "measured ms",
+        "error",
+        "predicted",
+        "measured",
+    ):
         table.add_column(heading, justify="left" if heading == "plan" else "right")
     for index, row in enumerate((found.dense, *found.rows)):
         table.add_row(
@@ -200,6 +209,8 @@ def _print(found: Profile) -> None:
             f"{row.predicted:.2f}",
             f"{row.measured:.2f}",
             f"{100 * row.error:+.1f} %",
+            times(found.dense.predicted / row.predicted),
+            times(found.dense.measured / row.measured),
         )
     console = Console()
     console.print(table)
