@@ -22,7 +22,8 @@ from agent.parse import Block, Bounds
 from agent.projection import Levels, Space
 from agent.settings import DriverSettings, SearchSettings
 from prompts.library import Strategy
-from pruning.plan import Budget, Grid, Plan
+from pruning.budget import Budget
+from pruning.plan import Grid, Plan
 
 if TYPE_CHECKING:
     from agent.surrogate import Surrogate

@@ -36,8 +36,8 @@ def sliced(prunable: Prunable, plan: Plan) -> PreTrainedModel:
     built = _stock(prunable.family, dense, plan, state, has_biases)
     if built is None:
         built = _built(
-            _per_layer_class(prunable.family),
-            _per_layer_config(prunable.family, dense.config, plan, has_biases),
+            per_layer_class(prunable.family),
+            per_layer_config(prunable.family, dense.config, plan, has_biases),
             state,
         )
     built.generation_config = dense.generation_config
@@ -80,16 +80,18 @@ def _plain_config(config: PreTrainedConfig) -> dict[str, Any]:
     return fields
 
 
-def _per_layer_class(family: Family) -> type[PreTrainedModel]:
+def per_layer_class(family: Family) -> type[PreTrainedModel]:
+    """Return the class of `pruning.modeling_pruned` for a family."""
     found: type[PreTrainedModel] = getattr(
         modeling_pruned, f"Pruned{family.class_prefix}ForCausalLM"
     )
     return found
 
 
-def _per_layer_config(
+def per_layer_config(
     family: Family, config: PreTrainedConfig, plan: Plan, has_biases: bool
 ) -> PreTrainedConfig:
+    """Return the configuration of such a class with the widths of `plan`."""
     config_class = getattr(modeling_pruned, f"Pruned{family.class_prefix}Config")
     layers = {index: _widths(layer) for index, layer in enumerate(plan.layers)}
     widest = {key: max(w[key] for w in layers.values()) for key in layers[0]}

@@ -81,7 +81,9 @@ def compress(
     model: Annotated[
         str | None, typer.Option(help="Hub id, folder, .gguf file or packaged model.")
     ] = None,
-    budget: Annotated[str | None, typer.Option(help="What may remain: parameters=0.7.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="What may remain: parameters=0.7, memory=40GiB, speedup=1.4.")
+    ] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="Any setting: search.population=16.")
     ] = None,
@@ -89,6 +91,10 @@ def compress(
     replace: Annotated[
         bool, typer.Option("--replace", help="Remove an earlier run first.")
     ] = False,
+    pick: Annotated[
+        str | None,
+        typer.Option(help="Plan of the front to finish: budget, knee, fastest or most-accurate."),
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="Evaluate on whole task sets.")] = False,
 ) -> None:
     """Prune a model to a budget, export it and report accuracy and speed."""
@@ -98,6 +104,7 @@ def compress(
         from selfpruner.run_folder import RunFolder
 
         settings = list(setting or []) + (["evaluation.samples=null"] if full else [])
+        settings += [f"front.pick={pick}"] if pick is not None else []
         run = load_config(config, model=model, budget=budget, settings=settings)
         run_folder = RunFolder.create(folder, run, replace=replace)
         _run(run, run_folder)
@@ -279,6 +286,46 @@ def export(
                 typer.echo(export_gguf(folder, out, dtype or "f16", progress))
             else:
                 typer.echo(export_hf(folder, out, dtype, progress))
+
+
+@main.command()
+def profile(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="MODEL|CONFIG", help="A model, or a configuration for its grid."),
+    ],
+    *,
+    phase: Annotated[Literal["decode", "prefill"], typer.Option(help="What is timed.")] = "decode",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Of the prompt, or in the cache of each sequence.")
+    ] = 512,
+    plans: Annotated[int, typer.Option(help="Unseen plans to check it with.")] = 12,
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure anew what is known of this machine.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of its files; runs/profiles/MODEL-PHASE.")
+    ] = None,
+    trust_remote_code: _Trust = False,
+) -> None:
+    """Measure times by width on this machine, and how well they predict whole models."""
+    with _plain_errors():
+        from selfpruner.latency_table import Workload
+        from selfpruner.profile import profile_command
+        from selfpruner.progress import Progress
+
+        with Progress() as progress:
+            page = profile_command(
+                source,
+                workload=Workload(phase, batch, tokens),
+                plans=plans,
+                again=again,
+                out=out,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+            )
+        typer.echo(f"page: {page}")
 
 
 @main.command()

@@ -17,7 +17,7 @@ from evaluators.choices import EncodedChoices, choice_margins
 from evaluators.divergence import DenseReference, TopReference, negative_log_likelihood
 from pruning.families import Family
 from pruning.plan import Plan
-from selfpruner.speed_model import SpeedModel
+from selfpruner.latency_table import LatencyTable
 
 TEXT_TERMS = ("kl", "kl_top512", "perplexity")
 
@@ -64,7 +64,7 @@ class Fitness:
         tokens_ST: Tensor,
         *,
         choices: EncodedChoices | None = None,
-        speed: SpeedModel | None = None,
+        speed: LatencyTable | None = None,
         batch_size: int = 8,
     ) -> None:
         self._runs, self._dense, self._family = runs, dense, family

@@ -17,7 +17,8 @@ from agent.settings import RacingSettings
 from agent.state import SearchContext
 from agent.surrogate import Surrogate, fit, surrogate
 from pruning.architecture import Architecture
-from pruning.plan import Budget, Grid
+from pruning.budget import Budget
+from pruning.plan import Grid
 
 Scene = Callable[..., SearchContext]
 
