@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pruning.architecture import Architecture
 from pruning.alignment import Alignment
+from pruning.architecture import Architecture
 from pruning.budget import Budget
 from pruning.plan import Grid
 from selfpruner.config import RunConfig
