@@ -11,7 +11,7 @@ from agent.state import SearchContext
 
 _BYTES_PER_TOKEN = 3.5  # of prompts that hold many numbers
 _REPAIRS = 1.25  # calls for one proposal, as a guess
-_SEEN = 0.6  # share of the sequences that a plan sees in a race, as a guess
+_SEEN = 0.4  # share of the sequences that a plan sees in a race, as a guess
 
 
 @dataclass(frozen=True)

@@ -41,13 +41,13 @@ class RacingSettings(BaseModel):
     model_config = _STRICT
 
     rounds: tuple[float, ...] = Field(
-        (0.125, 0.25, 0.5, 1.0),
+        (0.09, 0.15, 0.25, 0.375, 0.56, 1.0),
         min_length=1,
         description="shares of the sequences that plans have seen after each round, up to 1; at "
         "least one new sequence a round",
     )
     bound: float | None = Field(
-        3.0,
+        1.5,
         gt=0,
         description="standard errors by which a plan must be worse than the best one to drop "
         "out; null: none drops out for that",

@@ -44,12 +44,13 @@ WAYS = ("plain", "slices", "trie", "raced")
 # Ways to race: sequences of 32 seen after each round, and bounds. The first of each is the default.
 FINE = (3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32)
 STEPS = {
+    "3, 5, 8, 12, 18, 32": (3, 5, 8, 12, 18, 32),
     "4, 8, 16, 32": (4, 8, 16, 32),
     "2, 4, 8, 16, 32": (2, 4, 8, 16, 32),
     "fine from 3": FINE,
     "fine from 4": FINE[1:],
 }
-BOUNDS = (3.0, 2.0, 1.5, 1.0, 0.5)
+BOUNDS = (1.5, 3.0, 2.0, 1.0, 0.5)
 
 
 def main() -> None:

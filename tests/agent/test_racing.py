@@ -20,7 +20,8 @@ from pruning.plan import Plan
 Scene = Callable[..., SearchContext]
 
 OFF = RacingSettings(bound=None)
-ON = RacingSettings()
+DOUBLING = (0.125, 0.25, 0.5, 1.0)
+ON = RacingSettings(rounds=DOUBLING, bound=3.0)
 
 
 class Table:
@@ -79,7 +80,7 @@ def test_without_a_bound_all_is_scored() -> None:
     rng = np.random.default_rng(0)
     table = rng.standard_normal((9, 16))
     np.testing.assert_array_equal(raced(table, OFF), table)
-    wide = RacingSettings(bound=1e9)
+    wide = RacingSettings(rounds=DOUBLING, bound=1e9)
     np.testing.assert_array_equal(raced(table, wide), table)
     assert stops(16, OFF) == [16]
     report = replay([table], OFF)
@@ -102,7 +103,9 @@ def test_the_order_of_the_plans_does_not_matter(with_rival: bool) -> None:
         table[3] = table[5]
         rival = table.min(axis=0) * 1.02 if with_rival else None
         order = rng.permutation(len(table))
-        settings = RacingSettings(bound=2.0, survivors=(9, 6, 3) if seed % 2 else None)
+        settings = RacingSettings(
+            rounds=DOUBLING, bound=2.0, survivors=(9, 6, 3) if seed % 2 else None
+        )
         straight = raced(table, settings, rival_S=rival)
         mixed = raced(table[order], settings, rival_S=rival)
         if seed % 2:  # of two equal plans, either may be the one too many
@@ -153,7 +156,7 @@ def test_a_plan_that_is_not_finite_drops_out_and_spoils_nothing() -> None:
 def test_a_plan_that_dropped_out_is_never_better_than_the_best_one() -> None:
     rng = np.random.default_rng(5)
     tables = [next(simulated(rng, 64, 0.1, heavy=True)) for _ in range(30)]
-    hasty = RacingSettings(bound=1.0)
+    hasty = RacingSettings(rounds=DOUBLING, bound=1.0)
     gaps = []
     for table in tables:
         rows = raced(table, hasty)
@@ -181,7 +184,7 @@ def test_a_plan_that_dropped_out_is_never_better_than_the_best_one() -> None:
 )
 def test_races_without_an_end_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"racing|at least 1|greater than 0"):
-        RacingSettings(**values)
+        RacingSettings(**{"rounds": DOUBLING, **values})
 
 
 class Noisy:
@@ -218,7 +221,12 @@ def run(context: SearchContext, folder: Path) -> SearchResult:
 def test_a_raced_search_keeps_its_promises(
     scene: Scene, tmp_path: Path, evaluations: int, bound: float
 ) -> None:
-    context = noisy(scene, tmp_path, evaluations=evaluations, racing=RacingSettings(bound=bound))
+    context = noisy(
+        scene,
+        tmp_path,
+        evaluations=evaluations,
+        racing=RacingSettings(rounds=DOUBLING, bound=bound),
+    )
     result = run(context, tmp_path)
     candidates = context.ledger.candidates()
     assert result.equivalents == context.score.pairs / 16  # type: ignore[attr-defined]
@@ -238,7 +246,7 @@ def test_a_search_that_may_drop_nobody_is_the_one_without_racing(
     scene: Scene, tmp_path: Path
 ) -> None:
     found = []
-    for name, racing in (("off", OFF), ("wide", RacingSettings(bound=1e9))):
+    for name, racing in (("off", OFF), ("wide", RacingSettings(rounds=DOUBLING, bound=1e9))):
         context = noisy(scene, tmp_path / name, racing=racing)
         run(context, tmp_path / name)
         found.append([{**x.to_json(), "seconds": 0} for x in context.ledger.candidates()])
@@ -263,7 +271,7 @@ def test_racing_scores_more_plans_and_finds_better_ones(scene: Scene, tmp_path: 
 def test_the_best_of_a_generation_is_a_complete_one_if_there_is_one(
     scene: Scene, tmp_path: Path
 ) -> None:
-    context = noisy(scene, tmp_path, racing=RacingSettings(bound=1.0))
+    context = noisy(scene, tmp_path, racing=RacingSettings(rounds=DOUBLING, bound=1.0))
     result = run(context, tmp_path)
     for line in result.generations:
         members = [x for x in context.ledger.candidates() if x.generation == line["generation"]]
