@@ -94,8 +94,7 @@ def test_the_demo_takes_what_was_measured_within_a_factor_of_two(estimated: Esti
     ("setting", "doubled", "name", "factor"),
     [
         ("data.calibrate.tokens=16384", "data.calibrate.tokens=32768", "calibrate", 2),
-        ("search.evaluations=200", "search.evaluations=400", "search", 2),
-        ("data.search.tokens=8192", "data.search.tokens=16384", "search", 2),
+        ("search.evaluations=800", "search.evaluations=1600", "search", 2),
         ("data.select.tokens=4096", "data.select.tokens=8192", "select", 2),
         ("evaluation.samples=20", "evaluation.samples=40", "tasks", 2),
         ("search.evaluations=400", "search.evaluations=800", "ask the LLM", 2),
@@ -109,6 +108,14 @@ def test_twice_the_work_takes_twice_the_time(
     assert twice.seconds / once.seconds == pytest.approx(factor, rel=0.06)
     if once.tokens:
         assert twice.tokens / once.tokens == pytest.approx(factor, rel=0.06)
+
+
+def test_an_evaluation_is_a_window_or_all_there_is(estimated: Estimating) -> None:
+    windows = ("search.window=8", "search.window=16", "search.window=null")
+    many = "search.evaluations=1600"
+    tokens = [stage(estimated(x, "data.choices=0", many), "search").tokens for x in windows]
+    assert tokens[1] == 2 * tokens[0] == 1600 * 16 * 256
+    assert tokens[2] == 3 * tokens[1]
 
 
 def test_a_smaller_budget_costs_less_in_the_search_and_nothing_less_before(
