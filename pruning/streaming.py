@@ -1,0 +1,133 @@
+"""Streaming: a model whose decoder layers lie on disk and are in memory one at a time.
+
+Such a model is a stock one in every other way. Whatever goes through its layers in order, the
+stock forward pass included, runs on it unchanged, as on a model in memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pruning.families import Family, run_layer
+from pruning.shards import Shards
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_LAYERS = "model.layers"
+
+
+class StreamedLayers(nn.ModuleList):
+    """Decoder layers that are lent: iterating over them gives one after another its weights.
+
+    A layer has its weights from the moment it is handed out until the next one is asked for; what
+    was written into them is lost then. `layers[index]` is the bare module, its weights on the meta
+    device; a slice is to be iterated over.
+    """
+
+    def __init__(
+        self, layers: nn.ModuleList, shards: Shards, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(layers)
+        self._shards, self._dtype, self._device = shards, dtype, device
+        self._loans: Counter[int] = Counter()
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        """Lend every layer in turn."""
+        return self._lent(range(len(self)))
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the bare module, or an iterator that lends those of a slice."""
+        if isinstance(index, slice):
+            return self._lent(range(len(self))[index])
+        return super().__getitem__(index)
+
+    def _lent(self, indices: range) -> Iterator[nn.Module]:
+        for index in indices:
+            layer: nn.Module = super().__getitem__(index)
+            if not self._loans[index]:
+                layer.load_state_dict(self._weights(layer, index), assign=True)
+            self._loans[index] += 1
+            try:
+                yield layer
+            finally:
+                self._loans[index] -= 1
+                if not self._loans[index]:
+                    layer.to("meta")
+
+    def _weights(self, layer: nn.Module, index: int) -> dict[str, Tensor]:
+        return {
+            name: self._shards.read(f"{_LAYERS}.{index}.{name}", self._dtype, self._device)
+            for name, _ in layer.named_parameters()
+        }
+
+
+def streamed_model(
+    make: Callable[[PreTrainedConfig], PreTrainedModel],
+    config: PreTrainedConfig,
+    folder: Path,
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> PreTrainedModel:
+    """Return the model of `folder` in evaluation mode, its layers streamed from there.
+
+    `make` is the class of the model, or whatever makes one from a configuration. Embedding, final
+    norm and head are in memory. The weights are not to be trained.
+
+    Raises:
+        ValueError: the folder holds no safetensors, or not all weights.
+    """
+    from accelerate import init_empty_weights
+
+    shards, device = Shards(folder), torch.device(device)
+    with init_empty_weights(include_buffers=False):
+        model = make(config)
+    model.requires_grad_(False)
+    model.tie_weights()
+    outer, missing = {}, []
+    tied = set(model._tied_weights_keys or {}) if config.tie_word_embeddings else set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in shards and name not in tied:
+            missing.append(name)
+        parameter.data = parameter.data.to(dtype)
+        if name in shards and not name.startswith(f"{_LAYERS}."):
+            outer[name] = shards.read(name, dtype, device)
+    if missing:
+        raise ValueError(f"{len(missing)} weights are missing, the first {sorted(missing)[0]}")
+    model.load_state_dict(outer, strict=False, assign=True)
+    model.tie_weights()
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+    model.config.dtype = dtype
+    model.set_attn_implementation("sdpa")
+    trunk = model.get_submodule("model")
+    trunk.layers = StreamedLayers(model.get_submodule(_LAYERS), shards, dtype, device)
+    return model.eval()
+
+
+def is_streamed(model: nn.Module) -> bool:
+    """Return whether the layers of a model are in memory one at a time only."""
+    return isinstance(model.get_submodule(_LAYERS), StreamedLayers)
+
+
+@torch.no_grad()
+def final_states(model: nn.Module, family: Family, batches: Sequence[Tensor]) -> list[Tensor]:
+    """Return the normed final hidden states (B, T, D) of micro-batches of tokens (B, T).
+
+    Layer by layer: every layer of a streamed model is read once, whatever the number of batches.
+    All have the same T. Bit by bit what the stock trunk returns for each.
+    """
+    device = family.head(model).device
+    hidden = [family.embed(model, x.to(device)) for x in batches]
+    rotary = family.rotary(model, hidden[0])
+    for layer in family.layers(model):
+        for index, x in enumerate(hidden):
+            hidden[index] = run_layer(layer, x, rotary)
+    norm = family.final_norm(model)
+    return [norm(x) for x in hidden]
