@@ -7,7 +7,8 @@ stock forward pass included, runs on it unchanged, as on a model in memory.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.families import Family, run_layer
-from pruning.shards import Shards
+from pruning.shards import Shards, ShardWriter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -35,7 +36,8 @@ class StreamedLayers(nn.ModuleList):
         self, layers: nn.ModuleList, shards: Shards, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__(layers)
-        self._shards, self._dtype, self._device = shards, dtype, device
+        self.dtype = dtype
+        self._shards, self._device = shards, device
         self._loans: Counter[int] = Counter()
 
     def __iter__(self) -> Iterator[nn.Module]:
@@ -63,7 +65,7 @@ class StreamedLayers(nn.ModuleList):
 
     def _weights(self, layer: nn.Module, index: int) -> dict[str, Tensor]:
         return {
-            name: self._shards.read(f"{_LAYERS}.{index}.{name}", self._dtype, self._device)
+            name: self._shards.read(f"{_LAYERS}.{index}.{name}", self.dtype, self._device)
             for name, _ in layer.named_parameters()
         }
 
@@ -109,6 +111,38 @@ def streamed_model(
     trunk = model.get_submodule("model")
     trunk.layers = StreamedLayers(model.get_submodule(_LAYERS), shards, dtype, device)
     return model.eval()
+
+
+def write_shards(
+    model: PreTrainedModel,
+    layers: Iterable[Mapping[str, Tensor]],
+    folder: Path,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write the weights of a model whose layers are given, one shard a layer, in `dtype`.
+
+    `model` is where everything outside the layers, and their number, is taken from.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    tied = set(model._tied_weights_keys or {}) if model.config.tie_word_embeddings else set()
+    outer = {
+        name: x
+        for name, x in model.state_dict().items()
+        if not name.startswith(f"{_LAYERS}.") and name not in tied
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = ShardWriter(folder, 1 + model.config.num_hidden_layers)
+    for tensors in chain([outer], layers):
+        writer.add({name: x if dtype is None else x.to(dtype) for name, x in tensors.items()})
+    writer.close()
+
+
+def layers_of(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """Yield the weights of each layer, named as in the model."""
+    for index, layer in enumerate(model.get_submodule(_LAYERS)):
+        yield {f"{_LAYERS}.{index}.{name}": x for name, x in layer.named_parameters()}
 
 
 def is_streamed(model: nn.Module) -> bool:

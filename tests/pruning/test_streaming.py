@@ -8,16 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from pruning import spool as spooling
 from pruning.architecture import FAMILIES
 from pruning.elastic import ElasticModel
 from pruning.elastic_layer import Recipe
 from pruning.elastic_streamed import StreamedElastic
+from pruning.export import export, is_stock
 from pruning.families import family_of
 from pruning.loading import load, load_streamed
 from pruning.plan import Grid, Plan
+from pruning.shards import Shards
+from pruning.slicing import sliced, sliced_on_disk
 from pruning.spool import Spool
 from pruning.streaming import final_states, is_streamed
 
@@ -211,3 +216,59 @@ def test_missing_weights_are_named(saved: Any) -> None:
     index.write_text(json.dumps(data))
     text = _refusal(lambda: load_streamed(str(folder), torch.float32))
     assert "1 weights are missing, the first model.layers.1.mlp.up_proj.weight" in text
+
+
+@pytest.mark.usefixtures("own_module_cache")
+@pytest.mark.parametrize("reconstruction", ["none", "least_squares"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_slices_and_exports_are_those_of_the_model_in_memory(
+    saved: Any,
+    make_tokens: Any,
+    tokenizer: Any,
+    tmp_path: Path,
+    family: str,
+    tied: bool,
+    reconstruction: str,
+) -> None:
+    models = _both(saved(family, tied=tied))
+    recipe = Recipe("wanda_sp", reconstruction, 0.1)
+    spools = (None, Spool(tmp_path / "spool"))
+    held, streamed = (
+        ElasticModel.rank(model, *family_of(model), make_tokens(6, 16), recipe, spool=spool)
+        for model, spool in zip(models, spools, strict=True)
+    )
+    tokens = make_tokens(2, 12)
+    for number, plan in enumerate((PLANS[0], Plan.from_json([[2, 2, 24]] * 3))):
+        one = sliced(held, plan)
+        other = sliced_on_disk(streamed, plan, tmp_path / f"sliced-{number}")
+        with torch.no_grad():
+            assert torch.equal(one(tokens).logits, other(tokens).logits)
+        folders = [tmp_path / f"{name}-{number}" for name in ("held", "streamed")]
+        for model, folder in zip((one, other), folders, strict=True):
+            export(model, tokenizer, folder, torch.bfloat16)
+        assert _tensors(folders[0]) == _tensors(folders[1])
+        for name in ("config.json", "generation_config.json", "tokenizer.json"):
+            assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+        assert is_stock(one) == is_stock(other)
+        first, second = (
+            AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+            for folder in folders
+        )
+        with torch.no_grad():
+            expected = first(tokens).logits
+            assert torch.equal(expected, second(tokens).logits)
+            assert torch.equal(expected, other(tokens).logits), "converted in place, too"
+
+
+def _tensors(folder: Path) -> dict[str, Any]:
+    """The tensors of a folder by name, as something that compares bit by bit."""
+    shards = Shards(folder)
+    names = sorted(shards._files)
+    assert names
+    cpu = torch.device("cpu")
+    found = {name: shards.read(name, torch.bfloat16, cpu) for name in names}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            assert {opened.get_slice(x).get_dtype() for x in opened.keys()} == {"BF16"}  # noqa: SIM118
+    return {name: (x.shape, x.view(torch.int16).tolist()) for name, x in found.items()}
