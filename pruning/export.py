@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from pruning import modeling_pruned
-from pruning.streaming import StreamedLayers, is_streamed, layers_of, write_shards
+from pruning.streaming import LayerWriter, StreamedLayers, is_streamed, layer_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,10 @@ def _save_streamed(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> 
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    write_shards(model, layers_of(model), folder, dtype)
+    writer = LayerWriter(model, folder, dtype)
+    for index, layer in enumerate(model.get_submodule("model.layers")):
+        writer.add(layer_tensors(layer, index))
+    writer.close()
 
 
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

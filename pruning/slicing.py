@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from pruning import modeling_pruned
 from pruning.elastic import ElasticModel, Prunable
 from pruning.families import Family
 from pruning.plan import LayerPlan, Plan
-from pruning.streaming import streamed_model, write_shards
+from pruning.streaming import LayerWriter, streamed_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -88,13 +88,11 @@ def sliced_on_disk(elastic: ElasticModel, plan: Plan, folder: Path) -> PreTraine
     """
     dense: PreTrainedModel = elastic.model
     blueprint = Blueprint.of(elastic, plan, elastic.layer_parameters(0, plan.layers[0]))
-
-    def layers() -> Iterator[dict[str, Tensor]]:
-        for index, layer in enumerate(plan.layers):
-            elastic.forget()
-            yield blueprint.layer(index, elastic.layer_parameters(index, layer))
-
-    write_shards(dense, layers(), folder)
+    writer = LayerWriter(dense, folder)
+    for index, layer in enumerate(plan.layers):
+        writer.add(blueprint.layer(index, elastic.layer_parameters(index, layer)))
+        elastic.forget()
+    writer.close()
     built = streamed_model(
         blueprint.model_class, blueprint.config, folder, dense.dtype, dense.device
     )

@@ -6,9 +6,9 @@ stock forward pass included, runs on it unchanged, as on a model in memory.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,8 +92,7 @@ def streamed_model(
         model = make(config)
     model.requires_grad_(False)
     model.tie_weights()
-    outer, missing = {}, []
-    tied = set(model._tied_weights_keys or {}) if config.tie_word_embeddings else set()
+    outer, missing, tied = {}, [], _tied(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name not in shards and name not in tied:
             missing.append(name)
@@ -113,41 +112,88 @@ def streamed_model(
     return model.eval()
 
 
-def write_shards(
-    model: PreTrainedModel,
-    layers: Iterable[Mapping[str, Tensor]],
-    folder: Path,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Write the weights of a model whose layers are given, one shard a layer, in `dtype`.
+class LayerWriter:
+    """Writes the weights of a model, one shard a layer, where not all are in memory."""
 
-    `model` is where everything outside the layers, and their number, is taken from.
+    def __init__(
+        self, model: PreTrainedModel, folder: Path, dtype: torch.dtype | None = None
+    ) -> None:
+        """Begin with what is outside the layers, from `model`; all in `dtype`, or as it is.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        self._dtype = dtype
+        folder.mkdir(parents=True, exist_ok=True)
+        self._shards = ShardWriter(folder, 1 + model.config.num_hidden_layers)
+        tied = _tied(model)
+        self.add(
+            {
+                name: x
+                for name, x in model.state_dict().items()
+                if not name.startswith(f"{_LAYERS}.") and name not in tied
+            }
+        )
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write the next layer, its weights named as in the model.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        cast = {
+            name: x if self._dtype is None else x.to(self._dtype) for name, x in tensors.items()
+        }
+        self._shards.add(cast)
+
+    def close(self) -> None:
+        """Make the folder readable: all layers are there."""
+        self._shards.close()
+
+
+def layer_tensors(layer: nn.Module, index: int) -> dict[str, Tensor]:
+    """Return the weights of a layer, named as in the model."""
+    return {f"{_LAYERS}.{index}.{name}": x for name, x in layer.named_parameters()}
+
+
+def reopened(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Return a model like a streamed one, with the weights of another folder.
 
     Raises:
-        OSError: the folder cannot be written.
+        ValueError: the folder does not hold all of them.
     """
-    tied = set(model._tied_weights_keys or {}) if model.config.tie_word_embeddings else set()
-    outer = {
-        name: x
-        for name, x in model.state_dict().items()
-        if not name.startswith(f"{_LAYERS}.") and name not in tied
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    writer = ShardWriter(folder, 1 + model.config.num_hidden_layers)
-    for tensors in chain([outer], layers):
-        writer.add({name: x if dtype is None else x.to(dtype) for name, x in tensors.items()})
-    writer.close()
+    config = copy.deepcopy(model.config)
+    other = streamed_model(type(model), config, folder, model.dtype, model.device)
+    other.generation_config = model.generation_config
+    return other
 
 
-def layers_of(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
-    """Yield the weights of each layer, named as in the model."""
-    for index, layer in enumerate(model.get_submodule(_LAYERS)):
-        yield {f"{_LAYERS}.{index}.{name}": x for name, x in layer.named_parameters()}
+def _tied(model: PreTrainedModel) -> set[str]:
+    """Return the names of weights that are others once more."""
+    return set(model._tied_weights_keys or {}) if model.config.tie_word_embeddings else set()
 
 
 def is_streamed(model: nn.Module) -> bool:
     """Return whether the layers of a model are in memory one at a time only."""
     return isinstance(model.get_submodule(_LAYERS), StreamedLayers)
+
+
+def streamed_sizes(model: nn.Module) -> tuple[int, int]:
+    """Return the parameters of a streamed model, tied weights once, and their bytes."""
+    head, embedding = model.get_submodule("lm_head"), model.get_submodule("model.embed_tokens")
+    once = [x for name, x in model.named_parameters() if not name.startswith("lm_head.")]
+    if head.weight is not embedding.weight:
+        once += list(head.parameters())
+    return sum(x.numel() for x in once), sum(x.numel() * x.element_size() for x in once)
+
+
+def batch_logits(model: nn.Module, family: Family, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield the logits (B, T, V) of micro-batches of tokens; every layer is read once for all."""
+    head = model.get_submodule("lm_head")
+    for hidden in final_states(model, family, batches):
+        with torch.no_grad():
+            logits: Tensor = head(hidden)
+        yield logits
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from pruning.elastic import Prunable
 from pruning.export import export, is_stock
 from pruning.plan import Plan
 from pruning.ranking import order_hash
+from pruning.streaming import reopened
 from selfpruner.arena import Arena
 from selfpruner.config import RunConfig
 from selfpruner.data import load_choice_items
@@ -49,7 +50,7 @@ def compress(config: RunConfig, folder: RunFolder, progress: Progress) -> Path:
     quiet_libraries()
     torch.manual_seed(config.seed)
     check_words_and_drivers(config)
-    bench = prepare(config, progress)
+    bench = prepare(config, progress, folder)
     _check_disk(bench, folder)
     _check_items(config)
     arena = Arena.open(bench, folder, progress)
@@ -65,12 +66,14 @@ def compress(config: RunConfig, folder: RunFolder, progress: Progress) -> Path:
     controls = judged_controls(bench, finished, progress)
     del prunable, selection, arena, finished
     pruned = export(model, bench.tokenizer, folder.model, getattr(torch, config.export.dtype))
-    _check_export(pruned, folder.model, bench)
+    pruned = _checked(pruned, folder.model, bench)
+    del model
     outcome = Outcome(selected, found, fitness, refitted, controls, warnings, points)
     results = verdict(bench, pruned, outcome, Ledger(folder.path), progress)
     results.save(folder.results)
     card = model_card(results, is_stock(pruned))
     (folder.model / "README.md").write_text(card, encoding="utf-8")
+    shutil.rmtree(folder.scratch, ignore_errors=True)
     return write_report(folder.path)
 
 
@@ -136,14 +139,18 @@ def _write_plan(bench: Workbench, prunable: Prunable, plan: Plan, folder: RunFol
     )
 
 
-def _check_export(pruned: PreTrainedModel, folder: Path, bench: Workbench) -> None:
-    """Reload what was exported and compare logits, bit for bit.
+def _checked(pruned: PreTrainedModel, folder: Path, bench: Workbench) -> PreTrainedModel:
+    """Reload what was exported, compare logits, bit for bit, and return it.
 
     Raises:
         RuntimeError: they differ: a defect of this program.
     """
-    reloaded = type(pruned).from_pretrained(folder, dtype=pruned.dtype).to(pruned.device).eval()
+    if bench.scratch is None:
+        reloaded = type(pruned).from_pretrained(folder, dtype=pruned.dtype).to(pruned.device).eval()
+    else:
+        reloaded = reopened(pruned, folder)
     tokens = next(iter(bench.texts.report.values()))[:1].to(pruned.device)
     with torch.no_grad():
         if not torch.equal(reloaded(tokens).logits, pruned(tokens).logits):
             raise RuntimeError(f"{folder}: the exported model differs from the one in memory")
+    return reloaded

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from pruning.elastic import Prunable, run_plan
+from pruning.elastic import Prunable, run_cut_layer, run_plan
+from pruning.elastic_streamed import StreamedElastic
 from pruning.plan import Grid, Plan
 
 
@@ -64,22 +66,37 @@ def fit_speed(
     """Return the model fitted to four plans, timed in turn for `rounds` rounds (medians).
 
     The plans are the corners of the grid: dense and smallest attention, dense and smallest MLP.
+    Of a streamed model the first layer is timed and stands for all.
     """
     top = (len(grid.attention) - 1, len(grid.mlp) - 1)
     corners = [top, (0, top[1]), (top[0], 0), (0, 0)]
     plans = [grid.plan([corner] * layers) for corner in dict.fromkeys(corners)]
-    parameters = [prunable.parameters(plan) for plan in plans]
-    ids = torch.zeros(1, tokens, dtype=torch.long)
+    run = _runner(prunable, plans, torch.zeros(1, tokens, dtype=torch.long))
+    share = layers if isinstance(prunable, StreamedElastic) else 1
     seconds = np.zeros((rounds + 1, len(plans)))
     for round_ in range(rounds + 1):
-        for column, plan in enumerate(plans):
+        for column in range(len(plans)):
             started = time.perf_counter()
-            run_plan(prunable, plan, parameters[column], ids).sum().item()
+            run(column).sum().item()
             seconds[round_, column] = time.perf_counter() - started
-    medians = 1000 * np.median(seconds[1:], axis=0)
+    medians = 1000 * share * np.median(seconds[1:], axis=0)
     rows = np.array([(1.0, *_sizes(plan)) for plan in plans])
     base, per_head, per_channel = np.linalg.lstsq(rows, medians, rcond=None)[0].clip(min=0)
     return SpeedModel(float(base), float(per_head), float(per_channel), plans[0], tokens)
+
+
+def _runner(prunable: Prunable, plans: Sequence[Plan], ids: Tensor) -> Callable[[int], Tensor]:
+    """Return what runs a plan by its number, with parameters that are made once."""
+    if not isinstance(prunable, StreamedElastic):
+        parameters = [prunable.parameters(plan) for plan in plans]
+        return lambda number: run_plan(prunable, plans[number], parameters[number], ids)
+    model, family = prunable.model, prunable.family
+    kept = [plan.layers[0] for plan in plans]
+    firsts = [prunable.layer_parameters(0, layer) for layer in kept]
+    hidden = family.embed(model, ids.to(family.head(model).device))
+    rotary = family.rotary(model, hidden)
+    module = family.layers(model)[0]
+    return lambda number: run_cut_layer(module, kept[number], firsts[number], hidden, rotary)
 
 
 def _sizes(plan: Plan) -> tuple[int, int]:

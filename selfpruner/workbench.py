@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -13,13 +15,16 @@ from pruning.architecture import Architecture
 from pruning.calibration import grown_calibration
 from pruning.elastic import ElasticModel, Prunable
 from pruning.elastic_layer import Recipe
+from pruning.elastic_streamed import StreamedElastic
 from pruning.families import Family, family_of
-from pruning.loading import architecture_of, load
+from pruning.loading import architecture_of, load, load_streamed
 from pruning.plan import Budget, Grid, Plan
 from pruning.sequential import SequentialModel
+from pruning.spool import Spool
 from selfpruner.config import RunConfig
 from selfpruner.data import TextData, load_texts
 from selfpruner.progress import Progress
+from selfpruner.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,7 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Workbench:
-    """What every later stage of a run works on."""
+    """What every later stage of a run works on.
+
+    `scratch` is the folder of everything that is streamed, None where all is in memory.
+    """
 
     config: RunConfig
     model: PreTrainedModel
@@ -37,6 +45,7 @@ class Workbench:
     grid: Grid
     budget: Budget
     texts: TextData
+    scratch: Path | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -70,14 +79,16 @@ class Workbench:
         return cost / self.budget.dense
 
 
-def prepare(config: RunConfig, progress: Progress) -> Workbench:
+def prepare(config: RunConfig, progress: Progress, folder: RunFolder | None = None) -> Workbench:
     """Return the loaded workbench.
 
-    The configuration, the family and the budget are checked before any weight is loaded.
+    The configuration, the family and the budget are checked before any weight is loaded. What is
+    streamed goes into `folder`.
 
     Raises:
         ValueError: what is asked for cannot be had; one line.
     """
+    scratch = _scratch(config, folder)
     with progress.stage("load"):
         architecture = architecture_of(config.model, trust_remote_code=config.trust_remote_code)
         grid = Grid.of(
@@ -87,7 +98,7 @@ def prepare(config: RunConfig, progress: Progress) -> Workbench:
             config.pruning.prune_attention,
         )
         budget = _budget(config, architecture, grid)
-        model, tokenizer = load(
+        model, tokenizer = (load if scratch is None else load_streamed)(
             config.model,
             resolved_dtype(config),
             resolved_device(config),
@@ -95,7 +106,23 @@ def prepare(config: RunConfig, progress: Progress) -> Workbench:
         )
         family, architecture = family_of(model)
         texts = load_texts(config, tokenizer)
-    return Workbench(config, model, tokenizer, family, architecture, grid, budget, texts)
+    return Workbench(
+        config, model, tokenizer, family, architecture, grid, budget, texts, scratch=scratch
+    )
+
+
+def _scratch(config: RunConfig, folder: RunFolder | None) -> Path | None:
+    """Return the folder for what is streamed, empty; None where nothing is.
+
+    Raises:
+        ValueError: there is no place for it.
+    """
+    if config.memory == "whole":
+        return None
+    if folder is None:
+        raise ValueError("memory: got 'streamed'; allowed for this command: whole")
+    shutil.rmtree(folder.scratch, ignore_errors=True)
+    return folder.scratch
 
 
 def _budget(config: RunConfig, architecture: Architecture, grid: Grid) -> Budget:
@@ -143,9 +170,15 @@ def _ranked(bench: Workbench, progress: Progress) -> ElasticModel:
             return ElasticModel.of(
                 *dense, grown.statistics, bench.recipe, on_layer=lambda _: advance()
             )
-        return ElasticModel.rank(
-            *dense, tokens, bench.recipe, batch_size=batch_size, on_layer=lambda _: advance()
+        ranked = ElasticModel.rank(
+            *dense,
+            tokens,
+            bench.recipe,
+            batch_size=batch_size,
+            spool=None if bench.scratch is None else Spool(bench.scratch / "cuts"),
+            on_layer=lambda _: advance(),
         )
+    return ranked if bench.scratch is None else StreamedElastic(ranked, batch_size)
 
 
 def quiet_libraries() -> None:
