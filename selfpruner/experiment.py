@@ -234,7 +234,7 @@ def _figures(arena: Arena, folder: RunFolder, progress: Progress) -> Figures:
                 "evaluations": _evaluations_until(ledger, x),
                 "tokens": _tokens_until(ledger, x),
                 "fitness": x.fitness,
-                "selection_fitness": mean_fitness(arena.selection, x.plan),
+                "selection_fitness": mean_fitness(arena.selection, [x.plan])[0],
             }
             for x in _improvements(ledger)
         ],

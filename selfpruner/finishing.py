@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -46,7 +46,7 @@ def finish(
     def fitness(models: Mapping[str, PreTrainedModel]) -> dict[str, float]:
         rows = bench.config.evaluation.batch_size
         runs = {name: Finished(model, bench.family, rows) for name, model in models.items()}
-        return {name: mean_fitness(selection.of(x), plans[name]) for name, x in runs.items()}
+        return {name: mean_fitness(selection.of(x), [plans[name]])[0] for name, x in runs.items()}
 
     before = fitness(models)
     refitted = _refitted(bench, prunable, plans, models, progress)
@@ -112,14 +112,14 @@ def _judged(before: float, after: float) -> Refit:
 
 def best_on_fresh_tokens(found: SearchResult, selection: Fitness) -> tuple[Candidate, float]:
     """Return the finalist with the best fitness on fresh tokens, and that fitness."""
-    scored = [(mean_fitness(selection, x.plan), i) for i, x in enumerate(found.finalists)]
-    fitness, index = min(scored)
+    scored = mean_fitness(selection, [x.plan for x in found.finalists])
+    fitness, index = min((x, i) for i, x in enumerate(scored))
     return found.finalists[index], fitness
 
 
-def mean_fitness(fitness: Fitness, plan: Plan) -> float:
-    """Return the mean fitness of one plan over all sequences."""
-    return float(fitness([plan], range(fitness.num_sequences)).mean())
+def mean_fitness(fitness: Fitness, plans: Sequence[Plan]) -> list[float]:
+    """Return the mean fitness of each plan over all sequences."""
+    return [float(row.mean()) for row in fitness(plans, range(fitness.num_sequences))]
 
 
 def control_plans(bench: Workbench) -> tuple[dict[str, Plan], tuple[str, ...]]:

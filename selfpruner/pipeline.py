@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +18,13 @@ from pruning.ranking import order_hash
 from pruning.streaming import reopened
 from selfpruner.arena import Arena
 from selfpruner.config import RunConfig
+from selfpruner.costs.hardware import Precision
+from selfpruner.costs.memory import MemoryModel
+from selfpruner.costs.work import Running
 from selfpruner.data import load_choice_items
 from selfpruner.finishing import best_on_fresh_tokens, control_plans, finish, judged_controls
 from selfpruner.front import front
-from selfpruner.heap import share_heap
+from selfpruner.heap import return_large_blocks, share_heap
 from selfpruner.model_card import model_card
 from selfpruner.overlap import check_items
 from selfpruner.progress import Progress
@@ -47,6 +51,8 @@ def compress(config: RunConfig, folder: RunFolder, progress: Progress) -> Path:
         KeyboardInterrupt: a signal stopped it; the search stops between two steps.
     """
     share_heap()
+    if config.memory == "streamed":
+        return_large_blocks()
     quiet_libraries()
     torch.manual_seed(config.seed)
     check_words_and_drivers(config)
@@ -87,11 +93,20 @@ def _check_disk(bench: Workbench, folder: RunFolder) -> None:
     share = bench.budget.limit / bench.budget.dense if bench.budget.kind != "macs" else 1.0
     weights = min(share, 1.0) * bench.architecture.block_parameters()
     needed = (weights + bench.architecture.fixed_parameters(True)) * dtype.itemsize
+    if bench.scratch is not None:
+        needed += _scratch_bytes(bench, min(share, 1.0))
     free = shutil.disk_usage(folder.path).free
     if free < needed:
-        raise ValueError(
-            f"{folder}: {free / 1e6:.0f} MB are free, the pruned model needs {needed / 1e6:.0f} MB"
-        )
+        needs = "the pruned model needs" if bench.scratch is None else "a streamed run needs"
+        raise ValueError(f"{folder}: {free / 1e6:.0f} MB are free, {needs} {needed / 1e6:.0f} MB")
+
+
+def _scratch_bytes(bench: Workbench, kept: float) -> float:
+    """Return what the run will keep on disk instead of in memory."""
+    precision: Precision = "float32" if bench.model.dtype.itemsize == 4 else "bfloat16"
+    dense = Running(bench.architecture, precision)
+    models = 1 + len(bench.config.evaluation.controls)
+    return MemoryModel(bench.config, dense, replace(dense, kept=kept), models).scratch()
 
 
 def _check_items(config: RunConfig) -> None:
