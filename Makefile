@@ -9,7 +9,7 @@ PIP_ARGS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-vllm demo demo-vllm test soak bench-cost bench-search bench-backend lint clean
+.PHONY: help venv venv-vllm demo demo-vllm test soak bench-cost bench-search bench-backend bench-speed lint clean
 
 define check-python
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -30,12 +30,14 @@ $(STAMP): pyproject.toml constraints.txt requirements-nodeps.txt
 
 venv-vllm: $(VLLM_STAMP)  ## create .venv-vllm, in which a vLLM server runs on this CPU (2.5 GB)
 
-# torch first and with what it asks for: that differs from build to build.
-$(VLLM_STAMP): requirements-vllm.txt
+# torch first and with what it asks for: that differs from build to build. This project last, for
+# its plug-in: with it vLLM serves exported models without running their code.
+$(VLLM_STAMP): requirements-vllm.txt pyproject.toml
 	$(check-python)
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install $(PIP_ARGS) -c requirements-vllm.txt torch
 	$(VLLM_VENV)/bin/python -m pip install $(PIP_ARGS) --no-deps -r requirements-vllm.txt
+	$(VLLM_VENV)/bin/python -m pip install $(PIP_ARGS) --no-deps -e .
 	@touch $@
 
 demo: $(STAMP)  ## prune a real 135M model on this CPU; the report is runs/demo/report.html
@@ -65,6 +67,9 @@ bench-search: $(STAMP)  ## every allocator at equal evaluations, five seeds, two
 
 bench-backend: $(STAMP)  ## recipes side by side (ARGS='--data-root DIR' for C4 and WikiText-2)
 	$(BIN)/python -m benchmarks.recipes $(ARGS)
+
+bench-speed: $(STAMP)  ## LLaMA-2-70B shapes on one GPU (ARGS='--device cpu --scale small' without)
+	$(BIN)/python -m benchmarks.speed_70b $(ARGS)
 
 lint: $(STAMP)  ## style, types and the arrows between rooms
 	$(BIN)/ruff check .

@@ -118,7 +118,10 @@ def _units(context: SearchContext) -> str:
     attention = f"Attention keeps {grid.attention[a_low]} to {grid.attention[a_high]} {name}"
     if a_low == a_high:
         attention = f"Attention keeps {grid.attention[a_high]} {name}, fixed"
-    step = grid.mlp[0]
+    elif grid.attention[a_high] - grid.attention[a_low] > a_high - a_low:
+        allowed = ", ".join(map(str, grid.attention[a_low : a_high + 1]))
+        attention = f"Attention keeps one of {allowed} {name}, one unit being one step along these"
+    step = grid.mlp_step
     return f"{attention}; an MLP keeps {m_low + 1} to {m_high + 1} steps of {step} channels."
 
 

@@ -9,6 +9,8 @@ from fractions import Fraction
 from agent.ledger import Charge, Ledger
 from agent.settings import SearchSettings
 
+_LAST = 2  # evaluations of a last generation: its one plan, and the first plan beside it
+
 
 @dataclass
 class Spending:
@@ -58,14 +60,23 @@ class Spending:
     def evaluations_left(self, generation: int, pending: int) -> int:
         """Return how many more plans this generation may propose when `pending` wait for scores.
 
-        A full evaluation is set aside for each of them, so that the limit is never passed.
+        A full evaluation is set aside for each of them, so that the limit is never passed. Where
+        generations have windows the first plan takes one, and two are kept for a last generation:
+        of one plan, made of all that the others have taught.
         """
-        left = self.settings.evaluations - self.ledger.equivalents(before=generation)
-        return max(0, int(left) - pending)
+        left = int(self.settings.evaluations - self.ledger.equivalents(before=generation))
+        if self.settings.window is not None:
+            left -= int(generation > 0)
+            left = left - _LAST if left > _LAST else left
+        return max(0, left - pending)
+
+    def is_last(self, generation: int) -> bool:
+        """Return whether this generation is the one plan that windows end a search with."""
+        return self.settings.window is not None and self.evaluations_left(generation, 0) <= 1
 
     def reached(self) -> str | None:
         """Return which limit ends the search, or None."""
-        if self.settings.evaluations - self.equivalents < 1:
+        if self.settings.evaluations - self.equivalents < (_LAST if self.settings.window else 1):
             return "evaluations"
         for line in self.ledger.lines():
             if line.is_skipped:

@@ -14,10 +14,11 @@ import numpy as np
 from agent import population
 from agent.candidate import Candidate
 from agent.cma import sampled_shares
+from agent.knapsack import knapsack
 from agent.projection import Levels
 from agent.questions import Slot
 from agent.state import SearchContext
-from agent.surrogate import best_of, surrogate
+from agent.surrogate import surrogate
 
 Generator = np.random.Generator
 
@@ -122,19 +123,19 @@ class Cma(Evolution):
 
 
 class Guided(Genetic):
-    """Genetic operators whose proposals a surrogate filters: the likeliest of several goes on.
+    """Plans of least predicted fitness, exact under a surrogate that learns from every score.
 
-    The surrogate is sampled anew for every slot (Thompson sampling), so that what it does not
-    know is tried as well; it decides nothing, every plan that goes on is scored.
+    The first plan of a generation is the best one under what is thought likeliest, the others
+    under draws of what may be (Thompson sampling), so that what is not known is tried as well.
     """
 
     def plan(self, context: SearchContext, slot: Slot, rng: Generator, attempt: int) -> Levels:
-        """Return the best of `search.filter` plans under a sampled surrogate."""
-        count = context.settings.filter
-        proposals = [super(Guided, self).plan(context, slot, rng, attempt) for _ in range(count)]
-        if slot.generation == 0 or count == 1:
-            return proposals[0]
-        return best_of(surrogate(context, slot.generation).sampled(rng), proposals)
+        """Return the knapsack's plan; later attempts draw a surrogate anew, then mutate as well."""
+        model = surrogate(context, slot.generation)
+        if slot.generation == 0 or attempt > 0:
+            model = model.sampled(rng)
+        levels = context.conform(knapsack(context.space, model.table()))
+        return _mutated(context, levels, attempt // 8, rng)
 
 
 CLASSICAL: dict[str, Classical] = {

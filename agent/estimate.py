@@ -30,9 +30,9 @@ def estimate(context: SearchContext) -> Estimate:
         return Estimate(0, 0, 0.0)
     plans = math.ceil(settings.evaluations / (1 if settings.racing.is_off else _SEEN))
     first = min(settings.population, plans)
-    brood = settings.crossover + settings.mutate
-    generations = math.ceil((plans - first) / brood)
-    asked = sum(is_asked(context, 0, i) for i in range(plans))
+    brood, beside = settings.crossover + settings.mutate, int(settings.window is not None)
+    generations = math.ceil((plans - first) / (brood + beside))
+    asked = sum(is_asked(context, 0, i) for i in range(plans - beside * generations))
     calls = math.ceil((asked + generations) * _REPAIRS)
     calls = calls if settings.calls is None else min(calls, settings.calls)
     messages = plan_question(context, Slot(0, 1, "generate")).messages

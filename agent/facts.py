@@ -7,6 +7,7 @@ from collections.abc import Callable
 from agent import trajectory
 from agent.candidate import Candidate
 from agent.ledger import ORDER
+from agent.standing import ranked
 from agent.view import View
 from prompts.library import FACTS
 
@@ -102,10 +103,10 @@ def remaining(view: View) -> str:
 
 
 def _best(view: View) -> list[Candidate]:
-    return view.context.ledger.best(1, before=view.generation)
+    return ranked(view.context, 1, view.generation)
 
 
 def _worst(view: View) -> list[Candidate]:
     count = view.context.settings.population
-    pool = view.context.ledger.best(count, before=view.generation)
+    pool = ranked(view.context, count, view.generation)
     return pool[-1:] if len(pool) > 1 else []

@@ -18,7 +18,7 @@ from langgraph.graph.state import CompiledStateGraph
 from langgraph.runtime import RunControl
 from langgraph.types import RetryPolicy
 
-from agent import nodes, probes
+from agent import nodes, probes, standing
 from agent.candidate import Candidate
 from agent.state import SearchContext, SearchState
 
@@ -41,8 +41,9 @@ class SearchResult:
     """What a search came to.
 
     Attributes:
-        best: lowest fitness on the search sequences, all of which it has seen.
+        best: the first of the candidates that have seen all sequences of their window.
         finalists: the best ones, `best` first, for scoring on fresh tokens.
+        leaders: `(generation, candidate)`, the best one after each generation.
         generations: `{generation, best_fitness, accuracy, speedup}` of each generation's best.
         evaluations: distinct plans scored.
         equivalents: full evaluations charged, by the sequences that the plans have seen.
@@ -58,6 +59,7 @@ class SearchResult:
 
     best: Candidate
     finalists: tuple[Candidate, ...]
+    leaders: tuple[tuple[int, Candidate], ...]
     generations: tuple[dict[str, Any], ...]
     evaluations: int
     equivalents: float
@@ -146,7 +148,7 @@ def _run(
 ) -> str:
     """Run the graph to its end and return why it stopped."""
     # Six steps a generation, and every generation but the last scores a plan on one sequence.
-    pairs = context.settings.evaluations * len(context.sequences)
+    pairs = context.settings.evaluations * context.per_evaluation
     config: RunnableConfig = {**_THREAD, "recursion_limit": 10 + 6 * pairs}
     here = runnable.get_state(config)
     context.spending.earlier = here.values.get("seconds", 0.0)
@@ -187,7 +189,7 @@ def _result(context: SearchContext, stopped: str) -> SearchResult:
     lines, charge = context.ledger.lines(), context.ledger.charged()
     accepted = sum(1 for x in lines if x.outcome == "accepted" and x.operator != "select")
     origins = Counter(x.origin for x in candidates)
-    finalists = context.ledger.best(context.settings.finalists, complete=True)
+    finalists = standing.ranked(context, context.settings.finalists, complete=True)
     numbers = sorted({x.generation for x in candidates})
     best = {
         n: min(
@@ -199,6 +201,7 @@ def _result(context: SearchContext, stopped: str) -> SearchResult:
     return SearchResult(
         best=finalists[0],
         finalists=tuple(finalists),
+        leaders=tuple(standing.leaders(context)),
         generations=tuple(nodes.generation_line(n, best[n]) for n in numbers),
         evaluations=spending.evaluations,
         equivalents=float(spending.equivalents),

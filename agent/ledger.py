@@ -90,8 +90,30 @@ class Probe:
         return Fraction(len(self.values), self.of)
 
 
+@dataclass(frozen=True)
+class Anchor:
+    """One line of `anchors.jsonl`: the first plan on the sequences of a generation.
+
+    Attributes:
+        generation: whose plans are compared with it.
+        sequences: of the generation's window.
+        values: fitness on each of them, lower is better.
+        scored: how many were not known from an earlier window.
+    """
+
+    generation: int
+    sequences: tuple[int, ...]
+    values: tuple[float, ...]
+    scored: int
+
+    @property
+    def charge(self) -> Fraction:
+        """Share of a full evaluation that scoring took; the first is charged as a candidate."""
+        return Fraction(self.scored, len(self.values)) if self.generation else Fraction()
+
+
 class Ledger:
-    """The lines of `candidates.jsonl`, `llm.jsonl` and `probes.jsonl` in one run folder.
+    """The lines of `candidates`, `llm`, `probes` and `anchors.jsonl` in one run folder.
 
     Each line is flushed as it is written. A torn last line (a run that was killed while it wrote)
     is cut when the ledger is opened; a broken line elsewhere is an error.
@@ -107,12 +129,17 @@ class Ledger:
         self._candidate_path = folder / "candidates.jsonl"
         self._llm_path = folder / "llm.jsonl"
         self._probe_path = folder / "probes.jsonl"
+        self._anchor_path = folder / "anchors.jsonl"
         rows = _read(self._candidate_path, mend=True)
         self._candidates = [Candidate.from_json(x) for x in rows]
         self._lines = read_lines(self._llm_path, mend=True)
         self._probes = [
             _probe(x, f"{self._probe_path.name}, line {n}")
             for n, x in enumerate(_read(self._probe_path, mend=True), 1)
+        ]
+        self._anchors = [
+            _anchor(x, f"{self._anchor_path.name}, line {n}")
+            for n, x in enumerate(_read(self._anchor_path, mend=True), 1)
         ]
         self._by_key = {x.key: x for x in self._candidates}
         self._attempts: dict[tuple[int, int, int, str], list[LlmLine]] = {}
@@ -130,6 +157,10 @@ class Ledger:
     def probes(self) -> list[Probe]:
         """Return all probes in the order of scoring."""
         return list(self._probes)
+
+    def anchors(self) -> list[Anchor]:
+        """Return the first plan's scores beside each generation, in the order of scoring."""
+        return list(self._anchors)
 
     def find(self, key: str) -> Candidate | None:
         """Return the candidate whose plan has this key, if it was scored."""
@@ -152,8 +183,9 @@ class Ledger:
 
         Probes come before all generations.
         """
-        pool = (x for x in self._candidates if before is None or x.generation < before)
-        return sum((x.charge for x in pool), sum((x.charge for x in self._probes), Fraction()))
+        pool: list[Candidate | Anchor] = [*self._candidates, *self._anchors]
+        charges = [x.charge for x in pool if before is None or x.generation < before]
+        return sum(charges, sum((x.charge for x in self._probes), Fraction()))
 
     def charged(self, generation: int | None = None, operator: str = "") -> Charge:
         """Return what all calls cost, or those before this operator of this generation."""
@@ -186,6 +218,11 @@ class Ledger:
         _append(self._probe_path, {**asdict(probe), "values": list(probe.values)})
         self._probes.append(probe)
 
+    def add_anchor(self, anchor: Anchor) -> None:
+        """Append the first plan's scores beside one generation."""
+        _append(self._anchor_path, asdict(anchor))
+        self._anchors.append(anchor)
+
     def _file(self, line: LlmLine) -> None:
         place = (line.generation, line.slot, line.attempt, line.prompt_hash)
         self._attempts.setdefault(place, []).append(line)
@@ -212,6 +249,14 @@ def _probe(data: Any, where: str) -> Probe:
     if not isinstance(data, dict) or set(data) != names or not data["values"]:
         raise ValueError(f"{where}: not a probe as this version writes it")
     return Probe(**{**data, "values": tuple(data["values"])})
+
+
+def _anchor(data: Any, where: str) -> Anchor:
+    names = {field.name for field in fields(Anchor)}
+    if not isinstance(data, dict) or set(data) != names or not data["values"]:
+        raise ValueError(f"{where}: not an anchor as this version writes it")
+    lists = {name: tuple(data[name]) for name in ("sequences", "values")}
+    return Anchor(**{**data, **lists})
 
 
 def _append(path: Path, data: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from agent.classical import CLASSICAL, Classical
 from agent.conversation import Answer, ask
 from agent.projection import Levels
 from agent.questions import Slot, parents_question, plan_question
+from agent.standing import ranked
 from agent.state import SearchContext
 
 _RETRIES = 24
@@ -99,7 +100,7 @@ def operators_of(context: SearchContext) -> Classical:
 def choose_parents(context: SearchContext, generation: int, slot: int) -> list[Candidate]:
     """Return the candidates that the next generation descends from, distinct, favourite first."""
     settings = context.settings
-    pool = context.ledger.best(settings.population, before=generation)
+    pool = ranked(context, settings.population, generation)
     wanted = min(len(pool), max(2, settings.shown))
     if wanted > 1 and len(pool) > 2 and is_asked(context, generation, generation - 1):
         listed = pool[: max(2 * wanted, settings.shown)]
@@ -113,8 +114,13 @@ def choose_parents(context: SearchContext, generation: int, slot: int) -> list[C
 
 
 def is_asked(context: SearchContext, generation: int, index: int) -> bool:
-    """Return whether the LLM is asked for number `index`; the classical share is spread evenly."""
+    """Return whether the LLM is asked for number `index`; the classical share is spread evenly.
+
+    The one plan that windows end a search with is classical where there is a classical share.
+    """
     share = context.settings.share_asked
+    if share != 1 and context.spending.is_last(generation):
+        return False
     return asks_llm(context.ledger.candidates(), context.seed, generation, index, share)
 
 

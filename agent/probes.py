@@ -28,7 +28,7 @@ def check(context: SearchContext) -> None:
         ValueError: one line.
     """
     plans, limit = len(cuts(context.space)), context.settings.evaluations
-    seen, of = _sequences(context), len(context.sequences)
+    seen, of = _sequences(context), context.per_evaluation
     if seen and plans * seen > (limit - 1) * of:
         raise ValueError(
             f"search.probes: {plans} plans on {seen} of {of} sequences come to "
@@ -47,9 +47,9 @@ def measured(context: SearchContext) -> Iterator[Probe]:
     for layer in (None, *range(context.space.layers)) if seen else ():
         wanted = [x for x in cuts(context.space) if x[0] == layer and x not in known]
         plans = [context.grid.plan(levels(context.space, x)) for x in wanted]
-        table = values(context, plans, range(seen)) if plans else np.empty((0, seen))
+        table = values(context, plans, context.window(0)[:seen]) if plans else np.empty((0, seen))
         for cut, row in zip(wanted, table.tolist(), strict=True):
-            probe = Probe(*cut, of=len(context.sequences), values=tuple(row))
+            probe = Probe(*cut, of=context.per_evaluation, values=tuple(row))
             context.ledger.add_probe(probe)
             yield probe
 
@@ -88,4 +88,4 @@ def _levels(space: Space, block: int) -> list[int]:
 
 def _sequences(context: SearchContext) -> int:
     """Return on how many sequences a probe is scored."""
-    return min(context.settings.probes, len(context.sequences))
+    return min(context.settings.probes, context.per_evaluation)

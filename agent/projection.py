@@ -12,7 +12,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pruning.plan import Budget, Grid
+from pruning.budget import Budget
+from pruning.plan import Grid
 
 Levels = list[tuple[int, int]]
 Floats = NDArray[np.float64]

@@ -1,4 +1,9 @@
-"""Scores of the plans that wait: raced on the search sequences, summed up for the ledger."""
+"""Scores of the plans that wait: raced on the search sequences, summed up for the ledger.
+
+Where generations have windows of their own, the first plan is scored on every window and a plan's
+fitness is the first plan's on the first window times the mean ratio of the two, sequence by
+sequence: what makes a sequence hard or easy cancels, and generations compare.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from agent.candidate import Scores
+from agent.ledger import Anchor
 from agent.racing import NOT_FINITE, Floats, is_broken, mean, race
 from agent.state import SearchContext
 from pruning.plan import Plan
@@ -21,30 +27,39 @@ def score_pending(
 ) -> list[dict[str, Any]]:
     """Return the scores of each pending plan, and its share of the seconds.
 
-    The plans race each other and the best complete candidate of earlier generations. What the
-    ledger has is not scored again.
+    The plans race each other and the best complete candidate of earlier generations, or the first
+    plan on the window of theirs. What the ledger has is not scored again.
     """
     known = [context.ledger.find(x["key"]) for x in pending]
     plans = [Plan.from_json(x["genotype"]) for x in pending]
-    rival = _rival(context, generation)
-    start = context.clock()
+    seen = [np.array([]) if x is None else x.values for x in known]
+    window, start = context.window(generation), context.clock()
+    anchor = _anchor(context, generation, plans)
+    if anchor is not None and generation == 0:
+        seen[0] = anchor
+    rival = _rival(context, generation) if anchor is None else anchor
     rows = race(
-        lambda chosen, columns: values(context, [plans[i] for i in chosen], columns),
-        [np.array([]) if x is None else x.values for x in known],
-        len(context.sequences),
+        lambda chosen, columns: values(
+            context, [plans[i] for i in chosen], window[columns.start : columns.stop]
+        ),
+        seen,
+        len(window),
         context.settings.racing,
         rival,
     )
     seconds = (context.clock() - start) / max(known.count(None), 1)
-    scores = summaries(rows, len(context.sequences), rival)
+    if anchor is None:
+        scores = summaries(rows, len(window), rival)
+    else:
+        scores = _relative(rows, anchor, mean(np.array(context.ledger.anchors()[0].values)))
     return [
         {**(fresh if x is None else x.scores), "seconds": seconds if x is None else x.seconds}
         for x, fresh in zip(known, scores, strict=True)
     ]
 
 
-def values(context: SearchContext, plans: Sequence[Plan], columns: range) -> Floats:
-    """Return the fitness (P, N) of plans on sequences by position, rounded to a float32's digits.
+def values(context: SearchContext, plans: Sequence[Plan], sequences: Sequence[int]) -> Floats:
+    """Return the fitness (P, N) of plans on sequences, rounded to a float32's digits.
 
     What is not finite becomes `NOT_FINITE`, the worst. Everything later is computed from these
     numbers, which JSON gives back as they are.
@@ -52,9 +67,9 @@ def values(context: SearchContext, plans: Sequence[Plan], columns: range) -> Flo
     Raises:
         ValueError: the score came in another shape.
     """
-    table = context.score(plans, [context.sequences[i] for i in columns])
-    if table.shape != (len(plans), len(columns)):
-        raise ValueError(f"score: got shape {table.shape}, want ({len(plans)}, {len(columns)})")
+    table = context.score(plans, sequences)
+    if table.shape != (len(plans), len(sequences)):
+        raise ValueError(f"score: got shape {table.shape}, want ({len(plans)}, {len(sequences)})")
     table = np.where(np.isfinite(table), table, NOT_FINITE).clip(-NOT_FINITE, NOT_FINITE)
     return np.array([[float(f"{x:.{_DIGITS}g}") for x in row] for row in table.tolist()])
 
@@ -87,6 +102,55 @@ def _summary(row: Floats, num_sequences: int, best: Floats) -> Scores:
         "of": num_sequences,
         "values": row.tolist(),
     }
+
+
+def _relative(rows: Sequence[Floats], anchor_S: Floats, level: float) -> list[Scores]:
+    """Return the scores of plans beside the first plan, whose fitness is `level`.
+
+    A plan that dropped out is never fitter than the best complete one.
+    """
+    scores = [_beside(x, anchor_S, level) for x in rows]
+    complete = [x["fitness"] for x in scores if x["sequences"] == len(anchor_S)]
+    for x in scores:
+        if x["sequences"] < len(anchor_S):
+            x["fitness"] = max(x["fitness"], min(complete, default=level))
+    return scores
+
+
+def _beside(row: Floats, anchor_S: Floats, level: float) -> Scores:
+    anchor = anchor_S[: len(row)]
+    ratios = np.divide(row, anchor, out=np.ones_like(row), where=anchor > 0)
+    return {
+        "fitness": NOT_FINITE if is_broken(row) else level * mean(ratios),
+        "stderr": level * _stderr(ratios),
+        "sequences": len(row),
+        "of": len(anchor_S),
+        "values": row.tolist(),
+    }
+
+
+def _anchor(context: SearchContext, generation: int, pending: Sequence[Plan]) -> Floats | None:
+    """Return the first plan's values on the window of a generation, None without windows.
+
+    What is on file, of an earlier process or of a window with the same sequences, is not scored
+    again.
+    """
+    if context.settings.window is None or not pending:
+        return None
+    past = context.ledger.anchors()
+    anchor = next((x for x in past if x.generation == generation), None)
+    if anchor is None:
+        window = context.window(generation)
+        known = {s: v for x in past for s, v in zip(x.sequences, x.values, strict=True)}
+        missing = [x for x in window if x not in known]
+        plan = pending[0] if generation == 0 else context.ledger.candidates()[0].plan
+        if missing:
+            row = values(context, [plan], missing)[0]
+            known |= dict(zip(missing, row.tolist(), strict=True))
+        row_S = tuple(known[x] for x in window)
+        anchor = Anchor(generation, tuple(window), row_S, len(missing))
+        context.ledger.add_anchor(anchor)
+    return np.array(anchor.values)
 
 
 def _stderr(row: Floats) -> float:

@@ -109,7 +109,8 @@ class SearchSettings(BaseModel):
         ge=1,
         le=1_000_000,
         description="limit on full evaluations, all generations; a plan that drops out of a race "
-        "counts for the share of the sequences that it has seen",
+        "counts for the share of the sequences that it has seen, and the first plan counts again "
+        "in every window",
     )
     racing: RacingSettings = Field(RacingSettings(), description="when a plan is scored no further")
     probes: int = Field(
@@ -118,12 +119,11 @@ class SearchSettings(BaseModel):
         description="sequences on which the dense model is scored with one block cut at a time, "
         "before the search; counted as evaluations, 0: no probes",
     )
-    filter: int = Field(
-        8,
+    window: int | None = Field(
+        None,
         ge=1,
-        le=1000,
-        description="guided: proposals for one place, of which the surrogate lets one forward; "
-        "1: no filter",
+        description="sequences on which each generation is scored, its own ones, beside the first "
+        "plan; one evaluation is a plan on so many; null: every plan on all sequences",
     )
     calls: int | None = Field(
         None, ge=0, description="limit on calls of the LLM, failed ones included; null: none"

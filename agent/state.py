@@ -22,7 +22,8 @@ from agent.parse import Block, Bounds
 from agent.projection import Levels, Space
 from agent.settings import DriverSettings, SearchSettings
 from prompts.library import Strategy
-from pruning.plan import Budget, Grid, Plan
+from pruning.budget import Budget
+from pruning.plan import Grid, Plan
 
 if TYPE_CHECKING:
     from agent.surrogate import Surrogate
@@ -100,6 +101,20 @@ class SearchContext:
     def space(self) -> Space:
         """The plans this search may visit."""
         return Space(self.grid, self.budget, self.settings.min_rate, self.settings.max_rate)
+
+    @property
+    def per_evaluation(self) -> int:
+        """Sequences that a plan is scored on where it does not drop out of a race."""
+        return min(self.settings.window or len(self.sequences), len(self.sequences))
+
+    def window(self, generation: int) -> list[int]:
+        """Return the sequences of a generation, in the order in which its plans meet them.
+
+        Generations take turns through all sequences, so that no plan is chosen for its luck on
+        sequences that its ancestors were chosen on.
+        """
+        size, count = self.per_evaluation, len(self.sequences)
+        return [self.sequences[(generation * size + i) % count] for i in range(size)]
 
     @cached_property
     def disguise(self) -> Disguise:

@@ -1,69 +1,76 @@
-"""A surrogate of fitness that filters proposals; it decides nothing.
+"""A surrogate of fitness that makes plans; it decides nothing, every plan is scored.
 
-Fitness is taken as additive: base + sum over blocks of scale_b * loss_b(level), loss_b the curves
-of `loss_curves`. Additivity fails where much is cut (EvoPress, arXiv 2410.14649, table 1), so the
-scales are learned from what is scored, most of all from the best plans, and every plan that goes
-forward is scored like any other. Shapes: N plans, B blocks, W = B + 2 weights (base, common scale,
-what each block's scale adds to it).
+Pruning losses are taken as additive: a plan's is the sum over blocks of scale_b * loss_b(level),
+loss_b the curves of `loss_curves`. Additivity fails where much is cut (EvoPress, arXiv 2410.14649,
+table 1), so the scales are learned from what is scored: plans of one generation have seen the same
+sequences, and how much each departs from their mean is what a Bayesian linear regression explains.
+Levels of whole generations say more of their sequences than of their plans and are left out.
+Shapes: N plans, B blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from agent import briefing
+from agent.candidate import Candidate
 from agent.loss_curves import Curves, loss_curves
-from agent.projection import Floats, Levels
+from agent.projection import Floats
 from agent.racing import NOT_FINITE
 from agent.state import SearchContext
 
-_MOST = 256  # plans it is fitted to, the fittest ones
-_DIFFERENCES = (0.1, 0.3, 1.0)  # spread of the blocks' scales, in common scales
-_MISFITS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # variance not explained, in variances of the fitness
-_ROUNDING = 1e-6  # differences of fitness below this share of it are no news
-_LEAST = 0.05  # of the common scale: no block is thought to be free
+_MOST = 512  # plans it is fitted to, the latest ones
+_SPREAD = 0.5  # of the blocks' scales around 1 beforehand
+_MISFIT = 0.02  # of the fitness that no additive model explains, a standard deviation
+_ROUNDS = 2  # the losses of a window's mean depend on the scales that are looked for
+_LEAST = 0.05  # least scale: no block is thought to be free
 
 
 @dataclass(frozen=True)
 class Surrogate:
-    """A normal distribution over weights.
+    """A normal distribution over the scales of blocks.
 
     Attributes:
         curves: `[layer][block]` losses by level.
-        mean: weights (W,) that are thought likeliest.
-        covariance: of the weights, (W, W).
+        mean: scales (B,) that are thought likeliest.
+        covariance: of the scales, (B, B).
+        unit: fitness that a unit of scaled loss is worth.
+        offset: fitness without any loss.
+        error: standard error of a plan's fitness on a whole window, as fitness.
     """
 
     curves: Curves
     mean: Floats
     covariance: Floats
+    unit: float = 1.0
+    offset: float = 0.0
+    error: float = 0.0
 
     def predict(self, levels: Sequence[tuple[int, int]]) -> float:
         """Return the fitness that a plan is thought to have; lower is better."""
-        return float(self.mean[0] + self._scales @ _losses(self.curves, levels))
+        return float(self.offset + self.unit * (self.scales @ _losses(self.curves, levels)))
 
     def sampled(self, rng: np.random.Generator) -> Surrogate:
         """Return a surrogate drawn from this one, of which it is certain (Thompson sampling)."""
         drawn = rng.multivariate_normal(self.mean, self.covariance, method="eigh")
-        return Surrogate(self.curves, drawn, np.zeros_like(self.covariance))
+        return replace(self, mean=drawn, covariance=np.zeros_like(self.covariance))
 
     def table(self) -> list[list[list[float]]]:
         """Return `[layer][block][level]` what keeping a level adds to the fitness."""
-        scales = self._scales.reshape(len(self.curves), 2)
+        scales = self.unit * self.scales.reshape(len(self.curves), 2)
         return [
             [(scale * curve).tolist() for scale, curve in zip(row, pair, strict=True)]
             for row, pair in zip(scales, self.curves, strict=True)
         ]
 
     @property
-    def _scales(self) -> Floats:
-        """Return the scale of every block (B,), above 0."""
-        common = abs(float(self.mean[1]))
-        scales: Floats = np.maximum(self.mean[1] + self.mean[2:], _LEAST * common)
+    def scales(self) -> Floats:
+        """The likeliest scales (B,), above 0: no block is thought to be free."""
+        scales: Floats = np.maximum(self.mean, _LEAST)
         return scales
 
 
@@ -79,88 +86,101 @@ def surrogate(context: SearchContext, generation: int) -> Surrogate:
 
 
 def _fitted(context: SearchContext, generation: int) -> Surrogate:
-    ledger = context.ledger
-    known = [x for x in ledger.best(_MOST, before=generation) if x.fitness < NOT_FINITE]
+    past = [x for x in context.ledger.candidates() if x.generation < generation]
+    known = [x for x in past if x.fitness < NOT_FINITE][-_MOST:]
+    one_window = context.settings.window is None
     return fit(
-        loss_curves(context.sensitivity, ledger.probes()),
+        loss_curves(context.sensitivity, context.ledger.probes()),
         [briefing.levels(context, x) for x in known],
         [x.fitness for x in known],
         [float(x.charge) for x in known],
+        [0 if one_window else x.generation for x in known],
+        _sampling_error(known),
     )
 
 
-def best_of(model: Surrogate, proposals: Sequence[Levels]) -> Levels:
-    """Return the proposal of least predicted fitness, the first of equal ones."""
-    return min(proposals, key=model.predict)
+def _sampling_error(candidates: Sequence[Candidate]) -> float:
+    """Return the standard error of a complete plan's fitness beside its generation, a share of it.
+
+    Sequences differ in how hard they are, for all plans alike: what tells plans apart by chance is
+    only what is left of the ratios to the generation's mean on each sequence when the mean of each
+    plan is taken away as well.
+    """
+    squares, freedom = 0.0, 0
+    complete = [x for x in candidates if x.is_complete]
+    for number in dict.fromkeys(x.generation for x in complete):
+        rows_NS = np.array([x.values for x in complete if x.generation == number])
+        if min(rows_NS.shape) < 2 or (rows_NS <= 0).any():
+            continue
+        ratios_NS = rows_NS / rows_NS.mean(axis=0)
+        squares += float(((ratios_NS - ratios_NS.mean(axis=1, keepdims=True)) ** 2).sum())
+        freedom += (rows_NS.shape[0] - 1) * (rows_NS.shape[1] - 1) * rows_NS.shape[1]
+    return float(np.sqrt(squares / freedom)) if freedom else 0.0
 
 
 def fit(
     curves: Curves,
-    plans: Sequence[Levels],
+    plans: Sequence[Sequence[tuple[int, int]]],
     fitness: Sequence[float],
     shares: Sequence[float],
+    windows: Sequence[int] | None = None,
+    error: float = 0.0,
 ) -> Surrogate:
-    """Return the posterior of the weights given scored plans.
+    """Return the posterior of the scales given scored plans.
 
-    Bayesian linear regression: the prior of the common scale makes the losses explain the whole
-    level of fitness, give or take as much again, that of a block's own part is a share of it. A
-    plan's variance is what an additive model cannot explain, times 1 + d^2 / m^2 for its distance
-    d to the best plan and the median distance m, so that the model is right where the search is,
-    divided by the share of the sequences that the plan has seen. That variance and the spread of
-    the blocks' scales are those of a small grid that make the data likeliest.
+    With y the fitness over the mean of its window, less 1, and x the losses less their window's
+    mean, over the window's mean total loss: y = x @ scales + noise. It is right where fitness is
+    caused by pruning alone, as a divergence is; where it has a large part of its own, such as the
+    entropy of text, scales come out too near to each other.
 
     Args:
         curves: losses by level.
         plans: levels of the plans, may be empty.
         fitness: of each plan, finite.
         shares: of the sequences that each has seen, above 0 to 1.
+        windows: on which each was scored; None: all on one.
+        error: standard error of a score on a whole window, as a share of the fitness.
     """
+    num_blocks = 2 * len(curves)
+    model = Surrogate(curves, np.ones(num_blocks), _SPREAD**2 * np.eye(num_blocks))
+    if not len(plans):
+        return model
     y_N = np.array(fitness, dtype=np.float64)
-    losses_NB = np.array([_losses(curves, x) for x in plans]).reshape(len(y_N), 2 * len(curves))
-    x_NW = np.column_stack([np.ones(len(y_N)), losses_NB.sum(axis=1), losses_NB])
-    mean_W, variance_W = _prior(x_NW, y_N)
-    if len(y_N) < 2 or np.ptp(y_N) == 0:
-        return Surrogate(curves, mean_W, np.diag(_spread(variance_W, _DIFFERENCES[1])))
-    distance = y_N - y_N.min()
-    noise_N = (1 + (distance / np.median(distance[distance > 0])) ** 2) / np.array(shares)
-    centre = np.average(y_N, weights=1 / noise_N)
-    unit = float(np.average((y_N - centre) ** 2, weights=1 / noise_N))
-    unit = max(unit, (_ROUNDING * float(np.abs(y_N).max())) ** 2)
-    tried = [
-        _posterior(x_NW, y_N, mean_W, _spread(variance_W, spread), misfit * unit * noise_N)
-        for spread, misfit in product(_DIFFERENCES, _MISFITS)
-    ]
-    _, mean_W, covariance_WW = max(tried, key=lambda x: x[0])
-    return Surrogate(curves, mean_W, covariance_WW)
+    variance_N = _MISFIT**2 + error**2 / np.array(shares)
+    losses_NB = np.array([_losses(curves, x) for x in plans])
+    member_GN = _members([0] * len(plans) if windows is None else windows)
+    level_N = _means(member_GN, y_N)
+    target_N = (y_N - level_N) / np.where(level_N != 0, np.abs(level_N), 1.0)
+    for _ in range(_ROUNDS):
+        scale_N = np.maximum(_means(member_GN, losses_NB @ model.scales), 1e-300)
+        x_NB = (losses_NB - _means(member_GN, losses_NB)) / scale_N[:, None]
+        mean_B, covariance_BB = _posterior(x_NB, target_N, variance_N)
+        model = replace(model, mean=mean_B, covariance=covariance_BB)
+    total, level = float((losses_NB @ model.scales).mean()), float(y_N.mean())
+    unit = abs(level) / total if total > 0 and level else 1.0
+    return replace(model, unit=unit, offset=level - unit * total, error=error * abs(level))
 
 
-def _prior(x_NW: Floats, y_N: Floats) -> tuple[Floats, Floats]:
-    """Return mean and variance of the weights beforehand, as if the blocks' parts spread by 1."""
-    mean_W, total = np.zeros(x_NW.shape[1]), float(x_NW[:, 1].mean()) if len(y_N) else 0.0
-    level = float(np.abs(y_N).mean()) if len(y_N) else 0.0
-    mean_W[1] = level / total if total > 0 and level > 0 else 1.0
-    mean_W[0] = float(y_N.mean()) - mean_W[1] * total if len(y_N) else 0.0
-    variance_W = np.full(len(mean_W), mean_W[1] ** 2)
-    variance_W[0] = max(level, 1e-12) ** 2
-    return mean_W, variance_W
+def _members(windows: Sequence[int]) -> Floats:
+    """Return (windows, N) weights that take the mean of each window."""
+    names = np.array(windows)
+    member: NDArray[np.bool_] = np.unique(names)[:, None] == names
+    weights: Floats = member / member.sum(axis=1, keepdims=True)
+    return weights
 
 
-def _spread(variance_W: Floats, spread: float) -> Floats:
-    """Return the variances with the blocks' own parts spread by `spread` common scales."""
-    return np.concatenate([variance_W[:2], spread**2 * variance_W[2:]])
+def _means(member_GN: Floats, rows: Floats) -> Floats:
+    """Return for each row the mean over the rows of its window."""
+    means: Floats = (member_GN > 0).T @ (member_GN @ rows)
+    return means
 
 
-def _posterior(
-    x_NW: Floats, y_N: Floats, mean_W: Floats, variance_W: Floats, noise_N: Floats
-) -> tuple[float, Floats, Floats]:
-    """Return log evidence, mean and covariance after normal observations of variance `noise_N`."""
-    gain_WN = variance_W[:, None] * x_NW.T
-    factor_NN = np.linalg.cholesky(x_NW @ gain_WN + np.diag(noise_N))
-    half_NW = np.linalg.solve(factor_NN, gain_WN.T)
-    rest_N = np.linalg.solve(factor_NN, y_N - x_NW @ mean_W)
-    evidence = -0.5 * float(rest_N @ rest_N) - float(np.log(np.diag(factor_NN)).sum())
-    covariance_WW = np.diag(variance_W) - half_NW.T @ half_NW
-    return evidence, mean_W + half_NW.T @ rest_N, (covariance_WW + covariance_WW.T) / 2
+def _posterior(x_NB: Floats, y_N: Floats, variance_N: Floats) -> tuple[Floats, Floats]:
+    """Return mean and covariance of scales that are 1 beforehand, give or take `_SPREAD`."""
+    gain_NB = _SPREAD**2 * x_NB
+    told_NB = np.linalg.solve(gain_NB @ x_NB.T + np.diag(variance_N), gain_NB)
+    covariance_BB = _SPREAD**2 * np.eye(x_NB.shape[1]) - gain_NB.T @ told_NB
+    return 1 + told_NB.T @ (y_N - x_NB.sum(axis=1)), covariance_BB
 
 
 def _losses(curves: Curves, levels: Sequence[tuple[int, int]]) -> Floats:

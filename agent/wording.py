@@ -9,6 +9,7 @@ from functools import partial
 from agent import briefing, facts, margins, reflections, trajectory
 from agent.candidate import Candidate
 from agent.drivers.driver import Message
+from agent.standing import ranked
 from agent.view import View
 from prompts.library import FACTS
 
@@ -96,7 +97,7 @@ def _others(view: View) -> Iterable[Candidate]:
     if view.listed:
         return view.listed
     shown = view.context.settings.shown
-    pool = view.context.ledger.best(shown + 2, before=view.generation)
+    pool = ranked(view.context, shown + 2, view.generation)
     return [x for x in pool if x not in view.parents][:shown]
 
 

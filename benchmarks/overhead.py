@@ -24,10 +24,12 @@ from agent.ledger import Ledger
 from agent.state import SearchContext
 from prompts.library import load_strategy
 from pruning.loading import architecture_of
-from pruning.plan import Budget, Grid, Plan
+from pruning.plan import Plan
 from selfpruner.config import RunConfig, parse_config
+from selfpruner.profiling import stored_table
 from selfpruner.results import Results
 from selfpruner.run_folder import RunFolder
+from selfpruner.workbench import budget_of, grid_of
 
 REPEATS = 5
 
@@ -63,16 +65,10 @@ def _replayed(config: RunConfig, folder: RunFolder) -> float:
 def _context(config: RunConfig, folder: RunFolder, recorded: Ledger, path: Path) -> SearchContext:
     """Return the search of the run with a recorded driver and recorded scores."""
     architecture = architecture_of(config.model, trust_remote_code=config.trust_remote_code)
-    pruning = config.pruning
-    grid = Grid.of(architecture, pruning.step, pruning.attention_unit, pruning.prune_attention)
-    budget = Budget.of(
-        architecture,
-        grid,
-        config.budget.kind,
-        config.budget.target,
-        correction_biases=pruning.reconstruction != "none",
-        tokens=config.data.length,
-    )
+    grid, table = grid_of(config, architecture), stored_table(folder)
+    if table is not None and config.weighs_latency:
+        grid = table.worthwhile(grid)
+    budget = budget_of(config, architecture, grid, table)
     facts = {x.key: x for x in recorded.candidates()}
 
     def score(plans: Sequence[Plan], _: Sequence[int]) -> NDArray[np.float64]:

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from agent import allocators
 from benchmarks.backend import report_losses
+from pruning.budget import Budget
 from pruning.elastic import ElasticModel
 from pruning.elastic_layer import Recipe
-from pruning.plan import Budget, Plan
+from pruning.plan import Plan
 from pruning.reconstruction.ridge import Ridge
 from pruning.refit import refit
 from pruning.slicing import sliced

@@ -69,7 +69,7 @@ def _interleaved_times(
     order = list(enumerate(models.values()))
     for repeat in range(-warmup, repeats):
         for index, model in order:
-            measured = _one_repeat(model, prompt, new_tokens)
+            measured = one_repeat(model, prompt, new_tokens)
             if repeat >= 0:
                 times[:, index, repeat] = measured
         order.reverse()
@@ -77,21 +77,24 @@ def _interleaved_times(
 
 
 @torch.inference_mode()
-def _one_repeat(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds of the prefill, and of one decode step averaged over `new_tokens` steps."""
+def one_repeat(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Return the seconds of a prefill, and of one decode step averaged over `new_tokens` steps.
+
+    `prompt` has shape (batch, tokens); `compare_latency` says what either phase is.
+    """
     device = next(model.parameters()).device
     ids = prompt.to(device)
-    start = _clock(device)
+    start = clock(device)
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    filled = _clock(device)
+    filled = clock(device)
     for _ in range(new_tokens):
         ids = output.logits[:, -1:].argmax(dim=-1)
         output = model(input_ids=ids, past_key_values=output.past_key_values, use_cache=True)
-    return filled - start, (_clock(device) - filled) / new_tokens
+    return filled - start, (clock(device) - filled) / new_tokens
 
 
-def _clock(device: torch.device) -> float:
-    """Now, once the device has finished what it was given."""
+def clock(device: torch.device) -> float:
+    """Return the time in seconds, once the device has finished what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -85,6 +85,10 @@ class Architecture:
         weights = self.hidden * (2 * q_dim + 2 * kv_dim)
         return weights + (q_dim + 2 * kv_dim if self.qkv_bias else 0)
 
+    def kv_numbers(self, kv_groups: int) -> int:
+        """Return how many numbers one token leaves in the KV cache of one layer."""
+        return 2 * kv_groups * self.head_dim
+
     def mlp_parameters(self, channels: int) -> int:
         """Return the prunable MLP parameters (gate, up, down) of one layer."""
         return channels * (3 * self.hidden + (2 if self.mlp_bias else 0))

@@ -1,18 +1,18 @@
-"""Plans: the integers kept per layer, the grid of allowed values, and the budget (no torch)."""
+"""Plans: the integers kept per layer, and the grid of allowed values (no torch)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal
 
 from pruning.architecture import Architecture
 
 AttentionUnit = Literal["kv_group", "query_head"]
-BudgetKind = Literal["parameters", "macs", "bytes"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,20 @@ class Grid:
         dense = LayerPlan(architecture.kv_heads, architecture.q_per_group, architecture.mlp)
         return cls(unit, attention, mlp, dense)
 
+    def keeping(self, attention: Sequence[int], mlp: Sequence[int]) -> Grid:
+        """Return the grid with these levels alone, ascending and with the dense ones."""
+        return replace(
+            self,
+            attention=tuple(self.attention[x] for x in attention),
+            mlp=tuple(self.mlp[x] for x in mlp),
+        )
+
+    @property
+    def mlp_step(self) -> int:
+        """Channels of one MLP step: the smallest width, the mean where levels were left out."""
+        steps = {upper - lower for lower, upper in pairwise((0, *self.mlp[:-1]))}
+        return self.mlp[0] if len(steps) <= 1 else round(self.mlp[-1] / len(self.mlp))
+
     def layer(self, attention_level: int, mlp_level: int) -> LayerPlan:
         """Return the layer that keeps these two levels."""
         kept = self.attention[attention_level]
@@ -122,106 +136,3 @@ class Grid:
                 raise ValueError(f"plan, layer {index}: {layer} is not on the grid")
             result.append((self.attention.index(kept), self.mlp.index(layer.mlp_channels)))
         return result
-
-
-@dataclass(frozen=True)
-class Budget:
-    """An additive cost table and a limit: `attention[layer][level] + mlp[layer][level]` summed.
-
-    `target` is what was asked (a share of the blocks' cost up to 1, or a total parameter
-    count), `limit` the same in the table's unit, `dense` the cost of keeping everything.
-    """
-
-    kind: BudgetKind
-    target: float
-    limit: float
-    dense: float
-    attention: tuple[tuple[float, ...], ...]
-    mlp: tuple[tuple[float, ...], ...]
-
-    @classmethod
-    def of(
-        cls,
-        architecture: Architecture,
-        grid: Grid,
-        kind: BudgetKind,
-        target: float,
-        *,
-        correction_biases: bool = False,
-        tokens: int = 512,
-        bytes_per_weight: int = 2,
-    ) -> Budget:
-        """Return the budget for `target` on `grid`.
-
-        `tokens` is the sequence length at which MACs are counted; `correction_biases` says
-        whether the pruned model carries them, which only matters for a total above 1.
-
-        Raises:
-            ValueError: the target is not positive, a total is asked of another kind than
-                parameters, or even the smallest plan of the grid is over the limit.
-        """
-        if target <= 0:
-            raise ValueError(f"budget.{kind}: got {target}, want a share (0, 1] or a total")
-        if target > 1 and kind != "parameters":
-            raise ValueError(f"budget.{kind}: got {target}, only shares up to 1 are allowed")
-        attention_row, mlp_row = _cost_rows(architecture, grid, kind, tokens, bytes_per_weight)
-        dense = architecture.layers * (attention_row[-1] + mlp_row[-1])
-        if target > 1:
-            limit = target - architecture.fixed_parameters(correction_biases)
-        else:
-            limit = target * dense
-        smallest = architecture.layers * (attention_row[0] + mlp_row[0])
-        if limit < smallest:
-            raise ValueError(
-                f"budget.{kind}: {target:g} cannot be met; the smallest plan of this grid "
-                f"keeps {smallest / dense:.4f} of the blocks"
-            )
-        return cls(
-            kind,
-            target,
-            limit,
-            dense,
-            (attention_row,) * architecture.layers,
-            (mlp_row,) * architecture.layers,
-        )
-
-    def cost(self, levels: Sequence[tuple[int, int]]) -> float:
-        """Return the cost of `(attention level, MLP level)` per layer."""
-        return sum(self.attention[i][a] + self.mlp[i][m] for i, (a, m) in enumerate(levels))
-
-    def is_within(self, levels: Sequence[tuple[int, int]]) -> bool:
-        """Return whether the plan with these levels costs at most the limit."""
-        return self.cost(levels) <= self.limit
-
-    def is_tight(self, levels: Sequence[tuple[int, int]]) -> bool:
-        """Return whether no further MLP step fits anywhere."""
-        spare = self.limit - self.cost(levels)
-        return all(
-            m + 1 >= len(self.mlp[i]) or self.mlp[i][m + 1] - self.mlp[i][m] > spare
-            for i, (_, m) in enumerate(levels)
-        )
-
-    def achieved(self, levels: Sequence[tuple[int, int]]) -> float:
-        """Return the share of the blocks' dense cost that the plan keeps."""
-        return self.cost(levels) / self.dense
-
-
-def _cost_rows(
-    architecture: Architecture, grid: Grid, kind: BudgetKind, tokens: int, bytes_per_weight: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the cost of each attention level and of each MLP level of one layer."""
-    scale = bytes_per_weight if kind == "bytes" else 1
-    attention, mlp = [], []
-    for level in range(len(grid.attention)):
-        layer = grid.layer(level, 0)
-        if kind == "macs":
-            cost = architecture.attention_macs(layer.kv_groups, layer.q_per_group, tokens)
-        else:
-            cost = architecture.attention_parameters(layer.kv_groups, layer.q_per_group)
-        attention.append(float(cost * scale))
-    for channels in grid.mlp:
-        if kind == "macs":
-            mlp.append(float(architecture.mlp_macs(channels, tokens)))
-        else:
-            mlp.append(float(architecture.mlp_parameters(channels) * scale))
-    return tuple(attention), tuple(mlp)

@@ -7,15 +7,17 @@ from typing import Self
 
 from agent.allocators import Sensitivity
 from evaluators.choices import ChoiceItem, EncodedChoices, encode_choices
+from pruning.budget import Budget
 from pruning.elastic import Prunable
-from pruning.plan import Budget, Plan
+from pruning.plan import Plan
 from pruning.ranking import order_hash
 from selfpruner.config import RunConfig
 from selfpruner.data import load_choice_items
 from selfpruner.fitness import Fitness
+from selfpruner.latency_table import LatencyTable
+from selfpruner.profiling import Detail, known_table, store_table, stored_table
 from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
-from selfpruner.speed_model import SpeedModel, fit_speed
 from selfpruner.workbench import Workbench, rank
 
 
@@ -29,7 +31,7 @@ class Arena:
         errors: cut errors `[layer][block][level]`.
         score: fitness on the search tokens.
         selection: the same fitness on the selection tokens.
-        speed: predicted speed.
+        speed: predicted times.
     """
 
     bench: Workbench
@@ -37,7 +39,7 @@ class Arena:
     errors: Sensitivity
     score: Fitness
     selection: Fitness
-    speed: SpeedModel
+    speed: LatencyTable
 
     @classmethod
     def open(cls, bench: Workbench, folder: RunFolder, progress: Progress) -> Self:
@@ -48,7 +50,7 @@ class Arena:
         """
         prunable, errors = rank(bench, progress)
         _fix_order(prunable, errors, bench, folder)
-        speed = _speed_model(bench, prunable, folder, progress)
+        speed = _table(bench, folder, progress)
         choices = _choices(bench)
         score, selection = (
             Fitness(
@@ -106,19 +108,16 @@ def _fix_order(
         )
 
 
-def _speed_model(
-    bench: Workbench, prunable: Prunable, folder: RunFolder, progress: Progress
-) -> SpeedModel:
+def _table(bench: Workbench, folder: RunFolder, progress: Progress) -> LatencyTable:
     """Return the timing that the run began with, so that a resumed one tells the LLM the same."""
-    name = f"{folder.statistics.name}/speed.json"
-    if (folder / name).is_file():
-        return SpeedModel.from_json(folder.read_json(name), Plan.dense(bench.architecture))
-    with progress.stage("speed model"):
-        speed = fit_speed(
-            prunable, bench.grid, bench.architecture.layers, tokens=bench.config.data.length
-        )
-    folder.write_json(name, speed.to_json())
-    return speed
+    stored = stored_table(folder)
+    if stored is not None:
+        return stored
+    table = bench.table or known_table(
+        bench.model, bench.grid, bench.config.workload, Detail.coarse(), progress
+    )
+    store_table(table, folder)
+    return table
 
 
 def _choices(bench: Workbench) -> EncodedChoices | None:

@@ -109,7 +109,7 @@ def _paint_fitness(rows: Sequence[HistoryRow], figure: Any, narrow: bool) -> Non
 
 
 def front_chart(points: Sequence[FrontPoint]) -> Chart | None:
-    """Return fitness over the kept share of every budget; None where there was one only."""
+    """Return fitness over predicted time, the dense model first; None where there was one only."""
     rows = [x for x in points if x.fitness is not None and x.selection_fitness is not None]
     if len(rows) < 2:
         return None
@@ -119,17 +119,21 @@ def front_chart(points: Sequence[FrontPoint]) -> Chart | None:
 
 def _paint_front(rows: Sequence[FrontPoint], figure: Any, narrow: bool) -> None:
     axes = figure.subplots()
-    kept = [100 * x.achieved for x in rows]
+    times_ms = [x.milliseconds for x in rows if x.milliseconds is not None]
+    timed = len(times_ms) == len(rows)
+    across = times_ms if timed else [100 * x.achieved for x in rows]
     for values, name, colour, marker in (
         ([x.fitness for x in rows], "search tokens", COLOURS["dense"], "D"),
         ([x.selection_fitness for x in rows], "fresh tokens", COLOURS["pruned"], "o"),
     ):
-        axes.plot(kept, values, marker=marker, markersize=6, color=colour, label=name)
+        axes.plot(across, values, marker=marker, markersize=6, color=colour, label=name)
     if not narrow:
-        for x, row in zip(kept, rows, strict=True):
-            axes.annotate(times(row.speedup), (x, row.fitness), (4, 8), textcoords="offset points")
+        for x, row in zip(across, rows, strict=True):
+            note = "dense" if row.evaluations == 0 else times(row.speedup)
+            axes.annotate(note, (x, row.fitness), (4, 8), textcoords="offset points")
     axes.invert_xaxis()
-    axes.set_xlabel("kept (% of the blocks)" + ("" if narrow else ", with predicted speedup"))
+    name = "predicted milliseconds" if timed else "kept (% of the blocks)"
+    axes.set_xlabel(name + ("" if narrow else ", with predicted speedup"))
     axes.set_ylabel("fitness (lower is better)")
     axes.grid(axis="y")
     axes.tick_params(length=0)

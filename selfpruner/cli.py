@@ -1,4 +1,4 @@
-"""The command `selfpruner`: plan, compress, resume, evaluate, speed, experiment, report."""
+"""The command `selfpruner`: from a configuration to a smaller model, and what it is worth."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -81,7 +81,9 @@ def compress(
     model: Annotated[
         str | None, typer.Option(help="Hub id, folder, .gguf file or packaged model.")
     ] = None,
-    budget: Annotated[str | None, typer.Option(help="What may remain: parameters=0.7.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="What may remain: parameters=0.7, memory=40GiB, speedup=1.4.")
+    ] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="Any setting: search.population=16.")
     ] = None,
@@ -89,6 +91,10 @@ def compress(
     replace: Annotated[
         bool, typer.Option("--replace", help="Remove an earlier run first.")
     ] = False,
+    pick: Annotated[
+        str | None,
+        typer.Option(help="Plan of the front to finish: budget, knee, fastest or most-accurate."),
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="Evaluate on whole task sets.")] = False,
 ) -> None:
     """Prune a model to a budget, export it and report accuracy and speed."""
@@ -98,6 +104,7 @@ def compress(
         from selfpruner.run_folder import RunFolder
 
         settings = list(setting or []) + (["evaluation.samples=null"] if full else [])
+        settings += [f"front.pick={pick}"] if pick is not None else []
         run = load_config(config, model=model, budget=budget, settings=settings)
         run_folder = RunFolder.create(folder, run, replace=replace)
         _run(run, run_folder)
@@ -180,18 +187,145 @@ def evaluate(
 def speed(
     model: Annotated[str, typer.Argument(help="Folder, hub id, .gguf file or packaged model.")],
     *,
-    baseline: Annotated[str | None, typer.Option(help="Model to compare with.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Model to compare with, in turn.")] = None,
+    engines: Annotated[
+        str | None,
+        typer.Option(help="transformers,vllm,llama.cpp; by default all that can run."),
+    ] = None,
+    batches: Annotated[
+        str | None, typer.Option(help="Sequences side by side: 1,8,64 (1 on a CPU).")
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Prompt tokens: 128,1024,4096 (128,512 on a CPU).")
+    ] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Decode steps timed together: 64 (16 on a CPU).")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="At most; three where time is short.")] = 5,
+    vllm_python: Annotated[
+        str | None,
+        typer.Option(help="Interpreter that has vLLM, such as .venv-vllm/bin/python."),
+    ] = None,
+    gguf: Annotated[Path | None, typer.Option(help="MODEL's file for llama.cpp.")] = None,
+    baseline_gguf: Annotated[
+        Path | None, typer.Option(help="The baseline's file for llama.cpp.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write all figures, too: FILE.json or a page, FILE.html.")
+    ] = None,
     trust_remote_code: _Trust = False,
 ) -> None:
-    """Measure prefill and decoding time and memory."""
+    """Measure prefill and decoding in the engines that serve the model, and memory."""
     with _plain_errors():
-        from selfpruner.inspection import speed_command
+        if out is not None and out.suffix not in (".json", ".html"):
+            raise ValueError(f"--out: got {out}; allowed: a name that ends in .json or .html")
+        from selfpruner.progress import Progress
+        from selfpruner.speed import Asked, measure_speed
+
+        asked = Asked(
+            model=model,
+            baseline=baseline,
+            gguf=gguf,
+            baseline_gguf=baseline_gguf,
+            engines=None if engines is None else tuple(engines.replace(",", " ").split()),
+            batches=_numbers("--batches", batches),
+            lengths=_numbers("--lengths", lengths),
+            new_tokens=new_tokens,
+            repeats=repeats,
+            vllm_python=vllm_python,
+            trust_remote_code=trust_remote_code,
+        )
+        with Progress() as progress:
+            measured = measure_speed(asked, progress)
+        from rich.console import Console
+
+        from selfpruner.speed_page import print_speed, write_speed_page
+
+        print_speed(measured, Console())
+        if out is not None:
+            if out.suffix == ".html":
+                write_speed_page(measured, out)
+            else:
+                measured.write(out)
+            typer.echo(f"report: {out}")
+
+
+def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    """Return whole numbers with commas between."""
+    words = None if text is None else text.replace(",", " ").split()
+    if words is not None and (not words or not all(x.isdecimal() for x in words)):
+        raise ValueError(f"{option}: got {text!r}; allowed: whole numbers such as 1,8,64")
+    return None if words is None else tuple(int(x) for x in words)
+
+
+@main.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    *,
+    to: Annotated[
+        Literal["hf", "gguf"],
+        typer.Option(help="A Hugging Face folder, or one file for llama.cpp."),
+    ],
+    dtype: Annotated[
+        Literal["f32", "f16", "q8_0"] | None,
+        typer.Option(help="Of the matrices: f16 by default in a GGUF file, as it is in a folder."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to; RUN/model.gguf by default for gguf.")
+    ] = None,
+) -> None:
+    """Write the pruned model of a run for another engine."""
+    with _plain_errors():
+        from selfpruner.exporting import export_gguf, export_hf
+        from selfpruner.progress import Progress
+        from selfpruner.run_folder import RunFolder
+
+        folder = RunFolder.open(run)
+        with Progress() as progress:
+            if to == "gguf":
+                typer.echo(export_gguf(folder, out, dtype or "f16", progress))
+            else:
+                typer.echo(export_hf(folder, out, dtype, progress))
+
+
+@main.command()
+def profile(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="MODEL|CONFIG", help="A model, or a configuration for its grid."),
+    ],
+    *,
+    phase: Annotated[Literal["decode", "prefill"], typer.Option(help="What is timed.")] = "decode",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Of the prompt, or in the cache of each sequence.")
+    ] = 512,
+    plans: Annotated[int, typer.Option(help="Unseen plans to check it with.")] = 12,
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure anew what is known of this machine.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of its files; runs/profiles/MODEL-PHASE.")
+    ] = None,
+    trust_remote_code: _Trust = False,
+) -> None:
+    """Measure times by width on this machine, and how well they predict whole models."""
+    with _plain_errors():
+        from selfpruner.latency_table import Workload
+        from selfpruner.profile import profile_command
         from selfpruner.progress import Progress
 
         with Progress() as progress:
-            speed_command(
-                model, baseline=baseline, trust_remote_code=trust_remote_code, progress=progress
+            page = profile_command(
+                source,
+                workload=Workload(phase, batch, tokens),
+                plans=plans,
+                again=again,
+                out=out,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
             )
+        typer.echo(f"page: {page}")
 
 
 @main.command()

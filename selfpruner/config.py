@@ -11,7 +11,9 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from agent.settings import DriverSettings, SearchSettings
+from pruning.alignment import Alignment
 from selfpruner.complaints import complaints
+from selfpruner.latency_table import Workload
 from selfpruner.settings import (
     TASKS,
     BudgetSettings,
@@ -88,6 +90,15 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _windows_compare_ratios(self) -> Self:
+        if self.search.window is not None and self.fitness.get("accuracy"):
+            raise ValueError(
+                f"search.window: got {self.search.window}; allowed beside the accuracy fitness: "
+                "null, because plans of different windows are compared by ratios"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _proposals_have_a_driver(self) -> Self:
         if self.search.asks_llm and self.driver.kind == "none":
             name = self.search.allocator
@@ -112,13 +123,54 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def _front_is_of_shares(self) -> Self:
-        if self.front.targets and self.budget.target > 1:
+    def _front_is_of_the_kind(self) -> Self:
+        targets, kind = self.front.targets, self.budget.kind
+        if self.front.pick != "budget" and not targets:
             raise ValueError(
-                f"front.targets: got {self.front.targets}; allowed only beside a share, "
-                f"budget.{self.budget.kind} is {self.budget.target:g}"
+                f"front.pick: got {self.front.pick!r}; allowed without front.targets: budget"
+            )
+        if kind == "speedup":
+            wrong = [x for x in targets if x < 1]
+            allowed = "speedups of at least 1"
+        elif self.budget.is_share:
+            wrong = [x for x in targets if x > 1]
+            allowed = "shares up to 1"
+        else:
+            wrong, allowed = list(targets), "none, because it is a total"
+        if wrong:
+            raise ValueError(
+                f"front.targets: got {wrong[0]:g}; allowed beside budget.{kind} "
+                f"{self.budget.target:g}: {allowed}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _target_is_known(self) -> Self:
+        Alignment.of(self.pruning.target)
+        return self
+
+    @property
+    def weighs_latency(self) -> bool:
+        """Whether the search itself depends on predicted times."""
+        return self.budget.kind == "speedup" or bool(self.fitness.get("latency"))
+
+    @property
+    def workload(self) -> Workload:
+        """What predicted times are of: a speedup's workload, else the prefill of one text."""
+        if self.budget.kind == "speedup":
+            return self.budget.workload
+        return Workload("prefill", 1, self.data.length)
+
+    @property
+    def judged(self) -> EvaluationSettings:
+        """How the finished model is judged: where a speedup was asked, its speed at that load."""
+        if self.budget.kind != "speedup":
+            return self.evaluation
+        asked = self.budget.workload
+        speed = {"batch": asked.batch, "prompt_tokens": asked.tokens}
+        return self.evaluation.model_copy(
+            update={"speed": self.evaluation.speed.model_copy(update=speed)}
+        )
 
     def to_yaml(self) -> str:
         """Return the whole tree as YAML; `parse_config` of it gives an equal tree."""
@@ -158,7 +210,7 @@ def load_config(
     Args:
         path: YAML file.
         model: takes the place of the file's model.
-        budget: `kind=number`, takes the place of the whole budget.
+        budget: `kind=value`, takes the place of the whole budget.
         settings: `dotted.name=value`, values parsed as YAML, laid on top in order.
 
     Raises:

@@ -8,7 +8,10 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 _REPORTED_PACKAGES = (
     "selfpruner",
@@ -42,6 +45,20 @@ def environment(seed: int) -> dict[str, Any]:
         "git_revision": _git_revision(),
         "versions": dict(sorted(_versions())),
     }
+
+
+def device_name(device: torch.device) -> str:
+    """Return what timings on a device depend on: the name of the CPU or the GPU."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _cpu_model() if device.type == "cpu" else f"{device.type}, {_cpu_model()}"
+
+
+def package_version(name: str) -> str:
+    """Return the version of an installed package."""
+    return importlib.metadata.version(name)
 
 
 def _cpu_model() -> str:

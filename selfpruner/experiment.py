@@ -11,16 +11,18 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import cache, partial
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from agent.candidate import Candidate
+from agent.graph import SearchResult
 from agent.ledger import Ledger
 from prompts.library import load_strategy
 from selfpruner.arena import Arena
 from selfpruner.cells import Cell, Figures, Outcomes, finish_cells, run_cells
-from selfpruner.config import BudgetSettings, RunConfig
+from selfpruner.config import RunConfig
 from selfpruner.experiment_config import Experiment, load_experiment
 from selfpruner.experiment_page import write_experiment_page
 from selfpruner.experiment_study import Study
@@ -97,7 +99,7 @@ def cells_of(plan: Experiment) -> list[Cell]:
         {
             "experiment": plan.name,
             "model": model,
-            "budget": name_of(budget),
+            "budget": budget.name,
             "arm": arm,
             "seed": seed,
             "settings": digests[arm],
@@ -107,11 +109,6 @@ def cells_of(plan: Experiment) -> list[Cell]:
         for budget in plan.budgets
         for arm in plan.runs
     ]
-
-
-def name_of(budget: BudgetSettings) -> str:
-    """Return a budget as the command line has it: `parameters=0.7`."""
-    return f"{budget.kind}={budget.target:.12g}"
 
 
 def digest_of(run: RunConfig) -> str:
@@ -137,30 +134,37 @@ class _Searches:
         if threads is not None:
             torch.set_num_threads(threads)
         self._plan, self._folder, self._progress = plan, folder, progress
-        self._arenas: dict[str, Arena] = {}
+        self._arenas: dict[Path, Arena] = {}
 
     def __call__(self, cell: Cell) -> Figures:
         """Return the figures of one search, begun or gone on with."""
         self._progress.note(_named(cell))
-        budget = next(x for x in self._plan.budgets if name_of(x) == cell["budget"])
+        budget = next(x for x in self._plan.budgets if x.name == cell["budget"])
         facts = {"model": cell["model"], "budget": budget, "seed": cell["seed"]}
         run = self._plan.runs[cell["arm"]].model_copy(update=facts)
         path = self._folder / _slug(cell["model"]) / cell["budget"]
         folder = RunFolder.begun(path / "{arm}-{seed}-{settings}".format_map(cell), run)
-        return _figures(self._arena(cell["model"]).proposing(run), folder, self._progress)
+        return _figures(self._arena(run).proposing(run), folder, self._progress)
 
-    def _arena(self, model: str) -> Arena:
-        """Return the arena of a model, with the seed of the base: all searches share its text."""
-        if model not in self._arenas:
+    def _arena(self, cell: RunConfig) -> Arena:
+        """Return the arena of a cell's model, with the seed of the base: all share its text.
+
+        Budgets of time have one of their own for every workload that is to be faster.
+        """
+        path = self._folder / _slug(cell.model)
+        run = self._plan.base.model_copy(update={"model": cell.model})
+        if "speedup" in (cell.budget.kind, run.budget.kind):
+            run = run.model_copy(update={"budget": cell.budget})
+        asked = run.workload
+        timed = run.budget.kind == "speedup"
+        name = f"arena-{asked.phase}-{asked.batch}-{asked.tokens}" if timed else "arena"
+        if path / name not in self._arenas:
             self._arenas.clear()
-            run = self._plan.base.model_copy(update={"model": model})
-            path = self._folder / _slug(model)
             with _turn(path):
-                bench = prepare(run, self._progress)
-                self._arenas[model] = Arena.open(
-                    bench, RunFolder.begun(path / "arena", run), self._progress
-                )
-        return self._arenas[model]
+                folder = RunFolder.begun(path / name, run)
+                bench = prepare(run, self._progress, folder)
+                self._arenas[path / name] = Arena.open(bench, folder, self._progress)
+        return self._arenas[path / name]
 
 
 def _outcomes(work: Work, workers: int, progress: Progress, cells: list[Cell]) -> Outcomes:
@@ -229,32 +233,19 @@ def _figures(arena: Arena, folder: RunFolder, progress: Progress) -> Figures:
         "duplicates": found.duplicates,
         "origins": found.origins,
         "seconds": round(found.seconds, 1),
-        "steps": [
-            {
-                "evaluations": _evaluations_until(ledger, x),
-                "tokens": _tokens_until(ledger, x),
-                "fitness": x.fitness,
-                "selection_fitness": mean_fitness(arena.selection, [x.plan])[0],
-            }
-            for x in _improvements(ledger)
-        ],
+        "steps": list(_steps(found, arena, ledger)),
     }
 
 
-def _improvements(ledger: Ledger) -> list[Candidate]:
-    """Return the complete candidates that were the best when they were scored."""
-    kept: list[Candidate] = []
-    for candidate in ledger.candidates():
-        if candidate.is_complete and (not kept or candidate.fitness < kept[-1].fitness):
-            kept.append(candidate)
-    return kept
-
-
-def _evaluations_until(ledger: Ledger, candidate: Candidate) -> float:
-    """Return the full evaluations that scoring took up to this candidate."""
-    return float(sum(x.charge for x in ledger.candidates() if x.id <= candidate.id))
-
-
-def _tokens_until(ledger: Ledger, candidate: Candidate) -> int:
-    """Return the tokens spent when the candidate's generation was scored."""
-    return sum(x.tokens for x in ledger.lines() if x.generation <= candidate.generation)
+def _steps(found: SearchResult, arena: Arena, ledger: Ledger) -> Iterator[dict[str, Any]]:
+    """Yield every change of the plan that led, at the price of the generations up to it."""
+    changes = [next(same) for _, same in groupby(found.leaders, key=lambda x: x[1].id)]
+    plans = list(dict.fromkeys(x.plan for _, x in changes))
+    fresh = dict(zip(plans, mean_fitness(arena.selection, plans), strict=True))
+    for generation, candidate in changes:
+        yield {
+            "evaluations": float(ledger.equivalents(before=generation + 1)),
+            "tokens": sum(x.tokens for x in ledger.lines() if x.generation <= generation),
+            "fitness": candidate.fitness,
+            "selection_fitness": fresh[candidate.plan],
+        }

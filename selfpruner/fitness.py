@@ -18,7 +18,7 @@ from evaluators.divergence import DenseReference, TopReference, negative_log_lik
 from pruning.families import Family
 from pruning.plan import Plan
 from pruning.streaming import final_states, is_streamed
-from selfpruner.speed_model import SpeedModel
+from selfpruner.latency_table import LatencyTable
 
 TEXT_TERMS = ("kl", "kl_top512", "perplexity")
 
@@ -66,7 +66,7 @@ class Fitness:
         tokens_ST: Tensor,
         *,
         choices: EncodedChoices | None = None,
-        speed: SpeedModel | None = None,
+        speed: LatencyTable | None = None,
         batch_size: int = 8,
     ) -> None:
         self._runs, self._dense, self._family = runs, dense, family

@@ -1,4 +1,4 @@
-"""The commands `evaluate` and `speed`: any model, alone or beside a baseline."""
+"""The command `evaluate`: any model, alone or beside a baseline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from evaluators.latency import compare_latency
 from evaluators.tasks import MEAN_CONVENTION, TaskScore, mean_accuracy
 from pruning.loading import load
 from selfpruner import judge
@@ -59,50 +58,6 @@ def evaluate_command(
             f"difference {found_difference.points:+.2f} points, "
             f"95 % interval {low:+.2f} to {high:+.2f}, paired by item"
         )
-
-
-def speed_command(
-    model: str,
-    *,
-    baseline: str | None,
-    trust_remote_code: bool,
-    progress: Progress,
-) -> None:
-    """Print prefill and decode times and sizes of `model`, interleaved with `baseline`.
-
-    Raises:
-        ValueError: a model cannot be loaded; one line.
-    """
-    models = {
-        name: _loaded(name, trust_remote_code, progress)[0] for name in _names(model, baseline)
-    }
-    asked = EvaluationSettings().speed
-    with progress.stage("speed"):
-        rows = compare_latency(
-            models,
-            batch=asked.batch,
-            prompt_tokens=asked.prompt_tokens,
-            new_tokens=asked.new_tokens,
-            repeats=asked.repeats,
-            warmup=judge.WARMUP,
-            seed=0,
-        )
-    table = Table()
-    for heading in ("", *models):
-        table.add_column(heading, justify="right" if heading else "left")
-    sizes = [judge.sizes(x) for x in models.values()]
-    table.add_row("parameters", *(f"{x['parameters']:,}" for x in sizes))
-    table.add_row("weight bytes", *(f"{x['bytes']:,}" for x in sizes))
-    for row in rows:
-        label = f"{row['phase']} ms, batch {row['batch']}, {row['tokens']} tokens"
-        table.add_row(label, *(f"{row[f'{name}_ms']:.2f}" for name in models))
-    console = Console()
-    console.print(table)
-    for row in rows:
-        if "speedup" in row:
-            console.print(
-                f"{row['phase']}: {row['speedup']:.2f}x (interquartile range {row['spread']:.2f})"
-            )
 
 
 def _names(model: str, baseline: str | None) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 
 MISSING = "–"  # noqa: RUF001
@@ -22,6 +24,36 @@ def short(value: float) -> str:
 def size(value: float | None) -> str:
     """Return bytes in decimal units: `269.0 MB`."""
     return MISSING if value is None else _scaled(value, _BYTES, " bytes")
+
+
+def read_size(value: object) -> object:
+    """Return `40GiB` or `500 MB` as bytes; anything but text comes back as it is.
+
+    Raises:
+        ValueError: text that is no number with a unit.
+    """
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"([0-9.]+) ?([kKMGT]i?B|B)", value.strip())
+    try:
+        amount = float(found[1]) if found else math.nan
+    except ValueError:
+        amount = math.nan
+    if found is None or math.isnan(amount):
+        raise ValueError(f"got {value!r}; allowed: bytes, or a number with B, kB, MB, GB, MiB, GiB")
+    power = "BKMGT".index(found[2][0].upper())
+    return amount * (1024 if "i" in found[2] else 1000) ** power
+
+
+def amount(value: float, kind: str) -> str:
+    """Return a budget's target or what was achieved, in the unit of its kind."""
+    if kind == "speedup":
+        return f"{times(value)} the speed"
+    if kind == "memory":
+        return size(value)
+    if value <= 1:
+        return f"{percent(value, 2)} of the blocks"
+    return short(value)
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -83,6 +115,7 @@ FILTERS: dict[str, Callable[..., str]] = {
     "whole": whole,
     "short": short,
     "size": size,
+    "amount": amount,
     "number": number,
     "percent": percent,
     "signed": signed,

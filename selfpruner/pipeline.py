@@ -22,13 +22,19 @@ from selfpruner.costs.hardware import Precision
 from selfpruner.costs.memory import MemoryModel
 from selfpruner.costs.work import Running
 from selfpruner.data import load_choice_items
-from selfpruner.finishing import best_on_fresh_tokens, control_plans, finish, judged_controls
+from selfpruner.finishing import (
+    best_on_fresh_tokens,
+    control_plans,
+    finish,
+    judged_controls,
+)
 from selfpruner.front import front
 from selfpruner.heap import return_large_blocks, share_heap
 from selfpruner.model_card import model_card
 from selfpruner.overlap import check_items
 from selfpruner.progress import Progress
 from selfpruner.report import write_report
+from selfpruner.results import FrontPoint
 from selfpruner.run_folder import RunFolder
 from selfpruner.searching import check_words_and_drivers, search
 from selfpruner.verdict import Outcome, verdict
@@ -63,10 +69,22 @@ def compress(config: RunConfig, folder: RunFolder, progress: Progress) -> Path:
     found = search(arena, config, folder, progress)
     prunable, selection = arena.prunable, arena.selection
     selected, fitness = best_on_fresh_tokens(found, selection)
+    points: tuple[FrontPoint, ...] = ()
+    if config.front.targets:
+        made = front(arena, found, (selected, fitness), folder, progress)
+        points = made.points
+        stop = made.picked(config.front.pick, config.budget.target)
+        selected, fitness = stop.selected, stop.fitness
+        bench = bench.within(stop.arena.bench.budget)
+        del made, stop
     best = selected.plan
-    points = front(arena, found, folder, progress) if config.front.targets else ()
     _write_plan(bench, prunable, best, folder)
     plans, warnings = control_plans(bench)
+    if bench.budget.target != config.budget.target:
+        warnings += (
+            f"front.pick {config.front.pick}: the model is the front's at {bench.budget.kind} "
+            f"{bench.budget.target:g}; the search told of is that of {config.budget.target:g}",
+        )
     finished = finish(bench, prunable, {_FOUND: best, **plans}, selection, progress)
     model, refitted = finished.pop(_FOUND)
     controls = judged_controls(bench, finished, progress)
@@ -90,7 +108,8 @@ def _check_disk(bench: Workbench, folder: RunFolder) -> None:
         ValueError: less is free than the largest model of the budget would take.
     """
     dtype: torch.dtype = getattr(torch, bench.config.export.dtype)
-    share = bench.budget.limit / bench.budget.dense if bench.budget.kind != "macs" else 1.0
+    counts_weights = bench.budget.kind in ("parameters", "bytes")
+    share = bench.budget.limit / bench.budget.dense if counts_weights else 1.0
     weights = min(share, 1.0) * bench.architecture.block_parameters()
     needed = (weights + bench.architecture.fixed_parameters(True)) * dtype.itemsize
     if bench.scratch is not None:

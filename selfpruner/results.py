@@ -23,9 +23,10 @@ from pydantic import (
     ValidationError,
 )
 
+from pruning.budget import BudgetKind
+
 NORMALISED = frozenset({"hellaswag", "arc_challenge", "openbookqa"})
 Origin = Literal["llm", "llm_repaired", "fallback", "classical", "heuristic"]
-BudgetKind = Literal["parameters", "macs", "bytes", "latency"]
 
 
 def _finite(value: Any) -> Any:
@@ -53,7 +54,7 @@ class ModelNumbers(Record):
 
 
 class BudgetNumbers(Record):
-    """What was asked and what was reached, in one unit: a share of the blocks or a total."""
+    """What was asked and reached, in one unit: a share of the blocks, a total or a speedup."""
 
     kind: BudgetKind
     target: PositiveFloat
@@ -200,19 +201,21 @@ class GenerationRow(Record):
 
 
 class FrontPoint(Record):
-    """The best plan within one budget, before any refit.
+    """The best plan within one budget, before any refit; the dense model has target 1.
 
-    `achieved` in the unit of the target, `speedup` predicted, `seconds` of its search, fitness on
-    the search tokens and on fresh ones; `plan` as `Plan.to_json` has it.
+    `achieved` in the unit of the target, `speedup` and `milliseconds` predicted (the latter None in
+    files older than it), `seconds` of its search, fitness on the search tokens and on fresh ones;
+    `plan` as `Plan.to_json` has it.
     """
 
     target: PositiveFloat
     achieved: PositiveFloat
     parameters: PositiveInt
     speedup: PositiveFloat
+    milliseconds: PositiveFloat | None = None
     fitness: Finite
     selection_fitness: Finite
-    evaluations: PositiveInt
+    evaluations: NonNegativeInt
     seconds: NonNegativeFloat
     plan: Annotated[tuple[tuple[int, int, int], ...], Field(strict=False)]
 

@@ -147,6 +147,11 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def gguf(self) -> Path:
+        """The pruned model as one file for llama.cpp, where it was asked for."""
+        return self.path / "model.gguf"
+
+    @property
     def results(self) -> Path:
         """Every number of the report."""
         return self.path / "results.json"

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
+from pruning.budget import BudgetKind
+from selfpruner.latency_table import Phase, Workload
+from selfpruner.notation import read_size
 from selfpruner.sources import REPORT_ONLY, check_source
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Count = Annotated[int, Field(ge=1)]
 Metric = Literal["magnitude", "obs", "random", "wanda_sp", "wifv"]
+Pick = Literal["budget", "knee", "fastest", "most-accurate"]
 Source = Annotated[str, Field(min_length=1)]
 Task = Literal[
     "boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"
@@ -27,38 +38,91 @@ TASKS: tuple[Task, ...] = (
 )
 
 
+KINDS: tuple[BudgetKind, ...] = get_args(BudgetKind)
+_SIZED: tuple[BudgetKind, ...] = ("memory", "speedup")
+
+
 class Settings(BaseModel):
     """Base of every level: frozen, unknown keys and infinite numbers refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+Bytes = Annotated[float, Field(gt=0), BeforeValidator(read_size)]
+
+
 class BudgetSettings(Settings):
-    """What may remain: a share of the blocks in (0, 1], or total parameters above 1."""
+    """What may remain: exactly one kind.
+
+    `parameters`, `macs` and `bytes` are a share of the blocks in (0, 1], `parameters` above 1 a
+    total. `memory` is what all weights take, as `40GiB`, in the dtype of the export; with `tokens`
+    also the KV cache of `batch` sequences (1 by default) that long. `speedup` is how many times
+    as fast as the dense model the pruned one is predicted to be in a `phase` (decode by default):
+    a decoded token after `tokens` (512), or the prefill of as many, for `batch` sequences.
+    """
 
     parameters: Annotated[float, Field(gt=0)] | None = None
     macs: Annotated[float, Field(gt=0, le=1)] | None = None
     bytes: Annotated[float, Field(gt=0, le=1)] | None = None
+    memory: Bytes | None = None
+    speedup: Annotated[float, Field(ge=1)] | None = None
+    phase: Phase | None = None
+    batch: Count | None = None
+    tokens: Count | None = None
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
-        given = [name for name, value in self.model_dump().items() if value is not None]
+        given = [name for name in KINDS if getattr(self, name) is not None]
         if len(given) != 1:
             got = " and ".join(given) or "none"
-            raise ValueError(f"got {got}; allowed: exactly one of parameters, macs, bytes")
+            raise ValueError(f"got {got}; allowed: exactly one of {', '.join(KINDS)}")
+        return self
+
+    @model_validator(mode="after")
+    def _details_belong_to_the_kind(self) -> Self:
+        allowed = {"phase": ("speedup",), "batch": _SIZED, "tokens": _SIZED}
+        for name, kinds in allowed.items():
+            value = getattr(self, name)
+            if value is not None and self.kind not in kinds:
+                beside = " or ".join(f"budget.{kind}" for kind in kinds)
+                raise ValueError(f"budget.{name}: got {value!r}; allowed only beside {beside}")
+        if self.kind == "memory" and self.batch is not None and self.tokens is None:
+            raise ValueError(
+                f"budget.tokens: not given; budget.batch {self.batch} needs the length of a cache"
+            )
         return self
 
     @property
-    def kind(self) -> Literal["parameters", "macs", "bytes"]:
+    def kind(self) -> BudgetKind:
         """The one kind of cost that is limited."""
-        if self.parameters is not None:
-            return "parameters"
-        return "macs" if self.macs is not None else "bytes"
+        return next(name for name in KINDS if getattr(self, name) is not None)
 
     @property
     def target(self) -> float:
-        """The limit: a share of the blocks' cost, or total parameters above 1."""
+        """What was asked, in the unit of the kind."""
         return float(getattr(self, self.kind))
+
+    @property
+    def is_share(self) -> bool:
+        """Whether the target is a share of the blocks."""
+        return self.kind in ("parameters", "macs", "bytes") and self.target <= 1
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of all sequences whose KV cache counts as memory."""
+        return 0 if self.tokens is None else (self.batch or 1) * self.tokens
+
+    @property
+    def workload(self) -> Workload:
+        """What is to be faster, where the kind is a speedup."""
+        return Workload(self.phase or "decode", self.batch or 1, self.tokens or 512)
+
+    @property
+    def name(self) -> str:
+        """The budget as the command line has it, details behind commas: `parameters=0.7`."""
+        details = {x: getattr(self, x) for x in ("phase", "batch", "tokens")}
+        told = [f"{x}={value}" for x, value in details.items() if value is not None]
+        return ",".join([f"{self.kind}={self.target:.12g}", *told])
 
 
 class PruningSettings(Settings):
@@ -68,6 +132,9 @@ class PruningSettings(Settings):
     `ridge: auto` takes for each block the ridge with the least error on held-out calibration
     tokens. `calibration: auto` doubles the calibration tokens of a frozen ranking, up to
     `data.calibrate.tokens`, until that error falls by less than 1 %; the refit takes them all.
+    `target` is what will run the pruned model: `cpu`, `tensor-cores`, `gguf` or `vllm-tpN` (N GPUs
+    that share every layer). It says which numbers of heads are kept, and in steps of how many
+    channels (32, 128, 256 and 128 N) where `step` is null.
     `refit_target` is what the refit of a block imitates: the dense residual stream, or the output
     of the dense block.
     """
@@ -80,7 +147,8 @@ class PruningSettings(Settings):
     ridge: float | Literal["auto"] = 0.1
     refit: bool = True
     refit_target: Literal["stream", "block"] = "stream"
-    step: Count = 32
+    target: str = "cpu"
+    step: Count | None = None
     attention_unit: Literal["kv_group", "query_head"] = "kv_group"
     prune_attention: bool = True
 
@@ -171,10 +239,15 @@ class EvaluationSettings(Settings):
 
 
 class FrontSettings(Settings):
-    """Further budgets of the run's kind, as shares, and how hard each is searched for."""
+    """Further budgets of the run's kind, shares or speedups, and how hard each is searched for.
 
-    targets: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
+    `pick` says which plan is finished and exported: that of the run's own budget, the knee of the
+    front, the fastest, or the most accurate of the pruned ones.
+    """
+
+    targets: tuple[Annotated[float, Field(gt=0)], ...] = ()
     effort: Annotated[float, Field(gt=0, le=1)] = 0.3
+    pick: Pick = "budget"
 
 
 class ExportSettings(Settings):

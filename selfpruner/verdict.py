@@ -79,7 +79,7 @@ def verdict(
     quality = _quality(bench, models, progress)
     with progress.stage("speed"):
         rows = judge.speed_rows(
-            models["dense"], models["pruned"], bench.config.evaluation, bench.config.seed
+            models["dense"], models["pruned"], bench.config.judged, bench.config.seed
         )
     with progress.stage("samples"):
         samples = judge.samples(models["dense"], models["pruned"], bench.tokenizer)

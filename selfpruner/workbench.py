@@ -11,18 +11,22 @@ import torch
 from torch import Tensor
 
 from agent.projection import Space
+from pruning.alignment import Alignment
 from pruning.architecture import Architecture
+from pruning.budget import Budget
 from pruning.calibration import grown_calibration
 from pruning.elastic import ElasticModel, Prunable
 from pruning.elastic_layer import Recipe
 from pruning.elastic_streamed import StreamedElastic
 from pruning.families import Family, family_of
 from pruning.loading import architecture_of, load, load_streamed
-from pruning.plan import Budget, Grid, Plan
+from pruning.plan import Grid, Plan
 from pruning.sequential import SequentialModel
 from pruning.spool import Spool
 from selfpruner.config import RunConfig
 from selfpruner.data import TextData, load_texts
+from selfpruner.latency_table import LatencyTable
+from selfpruner.profiling import Detail, known_table, stored_table
 from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
 
@@ -34,7 +38,9 @@ if TYPE_CHECKING:
 class Workbench:
     """What every later stage of a run works on.
 
-    `scratch` is the folder of everything that is streamed, None where all is in memory.
+    `table` is there where a speedup is the budget or latency is part of the fitness: the grid then
+    has no level that is predicted to take as long as a wider one. `scratch` is the folder of
+    everything that is streamed, None where all is in memory.
     """
 
     config: RunConfig
@@ -45,6 +51,7 @@ class Workbench:
     grid: Grid
     budget: Budget
     texts: TextData
+    table: LatencyTable | None = None
     scratch: Path | None = None
 
     @property
@@ -68,22 +75,24 @@ class Workbench:
 
     def proposing(self, config: RunConfig) -> Self:
         """Return this bench for other settings of the search, the driver or the budget."""
-        budget = _budget(config, self.architecture, self.grid)
+        budget = budget_of(config, self.architecture, self.grid, self.table)
         return replace(self, config=config, budget=budget)
 
+    def within(self, budget: Budget) -> Self:
+        """Return this bench for another budget on the same grid."""
+        return replace(self, budget=budget)
+
     def achieved(self, plan: Plan) -> float:
-        """Return what `plan` costs in the unit of the budget's target: a share, or a total."""
-        cost = self.budget.cost(self.grid.levels(plan))
-        if self.budget.target > 1:
-            return cost + self.architecture.fixed_parameters(self.recipe.has_biases)
-        return cost / self.budget.dense
+        """Return what `plan` comes to in the unit of the budget's target."""
+        return self.budget.achieved(self.grid.levels(plan))
 
 
 def prepare(config: RunConfig, progress: Progress, folder: RunFolder | None = None) -> Workbench:
     """Return the loaded workbench.
 
-    The configuration, the family and the budget are checked before any weight is loaded. What is
-    streamed goes into `folder`.
+    The configuration, the family and the budget are checked before any weight is loaded; a budget
+    of time needs the model. A run in `folder` that was begun keeps the latency table it began with;
+    what is streamed goes there, too.
 
     Raises:
         ValueError: what is asked for cannot be had; one line.
@@ -91,13 +100,9 @@ def prepare(config: RunConfig, progress: Progress, folder: RunFolder | None = No
     scratch = _scratch(config, folder)
     with progress.stage("load"):
         architecture = architecture_of(config.model, trust_remote_code=config.trust_remote_code)
-        grid = Grid.of(
-            architecture,
-            config.pruning.step,
-            config.pruning.attention_unit,
-            config.pruning.prune_attention,
-        )
-        budget = _budget(config, architecture, grid)
+        grid = grid_of(config, architecture)
+        if config.budget.kind != "speedup":
+            budget_of(config, architecture, grid)
         model, tokenizer = (load if scratch is None else load_streamed)(
             config.model,
             resolved_dtype(config),
@@ -106,8 +111,14 @@ def prepare(config: RunConfig, progress: Progress, folder: RunFolder | None = No
         )
         family, architecture = family_of(model)
         texts = load_texts(config, tokenizer)
+    table = None
+    if config.weighs_latency:
+        detail = Detail.fine(model.device)
+        table = stored_table(folder) or known_table(model, grid, config.workload, detail, progress)
+        grid = table.worthwhile(grid)
+    budget = budget_of(config, architecture, grid, table)
     return Workbench(
-        config, model, tokenizer, family, architecture, grid, budget, texts, scratch=scratch
+        config, model, tokenizer, family, architecture, grid, budget, texts, table, scratch
     )
 
 
@@ -125,20 +136,44 @@ def _scratch(config: RunConfig, folder: RunFolder | None) -> Path | None:
     return folder.scratch
 
 
-def _budget(config: RunConfig, architecture: Architecture, grid: Grid) -> Budget:
+def grid_of(config: RunConfig, architecture: Architecture) -> Grid:
+    """Return the widths that suit what is to run the pruned model.
+
+    Raises:
+        ValueError: the model or `pruning.step` does not suit it; one line.
+    """
+    settings = config.pruning
+    return Alignment.of(settings.target).grid(
+        architecture, settings.step, settings.attention_unit, settings.prune_attention
+    )
+
+
+def budget_of(
+    config: RunConfig, architecture: Architecture, grid: Grid, table: LatencyTable | None = None
+) -> Budget:
     """Return what a plan may cost.
 
     Raises:
-        ValueError: no plan is within it; one line.
+        ValueError: no plan is within it, or its time was not measured; one line.
     """
+    asked = config.budget
+    if asked.kind == "speedup":
+        if table is None or table.workload != asked.workload:
+            raise ValueError(f"budget.speedup: {asked.workload} was not measured for this model")
+        return Budget.timed(table.times(grid), architecture.layers, asked.target)
+    is_memory = asked.kind == "memory"
+    dtype: torch.dtype = (
+        getattr(torch, config.export.dtype) if is_memory else resolved_dtype(config)
+    )
     return Budget.of(
         architecture,
         grid,
-        config.budget.kind,
-        config.budget.target,
+        asked.kind,
+        asked.target,
         correction_biases=config.pruning.reconstruction != "none",
         tokens=config.data.length,
-        bytes_per_weight=resolved_dtype(config).itemsize,
+        cached_tokens=asked.cached_tokens,
+        bytes_per_weight=dtype.itemsize,
     )
 
 

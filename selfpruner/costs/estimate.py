@@ -6,8 +6,10 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pruning.alignment import Alignment
 from pruning.architecture import Architecture
-from pruning.plan import Budget, Grid
+from pruning.budget import Budget
+from pruning.plan import Grid
 from selfpruner.config import RunConfig
 from selfpruner.costs.hardware import Hardware
 from selfpruner.costs.known_models import architecture_by_name
@@ -129,7 +131,9 @@ def estimate_costs(config: RunConfig, hardware: Hardware) -> CostEstimate:
     """
     architecture = architecture_by_name(config.model)
     settings = config.pruning
-    grid = Grid.of(architecture, settings.step, settings.attention_unit, settings.prune_attention)
+    grid = Alignment.of(settings.target).grid(
+        architecture, settings.step, settings.attention_unit, settings.prune_attention
+    )
     budget = _budget(config, architecture, grid)
     kept = min(1.0, budget.limit / budget.dense)
     precision = precision_of(config.dtype, fast_bfloat16=hardware.has_fast_bfloat16)
@@ -155,13 +159,18 @@ def estimate_costs(config: RunConfig, hardware: Hardware) -> CostEstimate:
 
 
 def _budget(config: RunConfig, architecture: Architecture, grid: Grid) -> Budget:
+    """Return the budget; for a speedup, which only a stopwatch knows, that share of the bytes."""
+    asked = config.budget
+    timed = asked.kind == "speedup"
     return Budget.of(
         architecture,
         grid,
-        config.budget.kind,
-        config.budget.target,
+        "bytes" if timed else asked.kind,
+        1 / asked.target if timed else asked.target,
         correction_biases=config.pruning.reconstruction != "none",
         tokens=config.data.length,
+        cached_tokens=asked.cached_tokens,
+        bytes_per_weight=4 if config.export.dtype == "float32" else 2,
     )
 
 

@@ -15,7 +15,8 @@ from agent.estimate import estimate
 from agent.ledger import Ledger
 from agent.state import SearchContext
 from prompts.library import load_strategy
-from pruning.plan import Budget, Grid, Plan
+from pruning.budget import Budget
+from pruning.plan import Grid, Plan
 from selfpruner.config import RunConfig
 
 
@@ -60,10 +61,11 @@ def asking(config: RunConfig, grid: Grid, budget: Budget, layers: int) -> Asking
 
 
 def num_generations(config: RunConfig) -> int:
-    """Return the generations after the first, every plan scored on all sequences."""
+    """Return the generations after the first, no plan dropping out of a race."""
     search = config.search
     later = search.evaluations - search.population
-    return max(0, math.ceil(later / (search.crossover + search.mutate)))
+    beside = int(search.window is not None)
+    return max(0, math.ceil(later / (search.crossover + search.mutate + beside)))
 
 
 def _context(

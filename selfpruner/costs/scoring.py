@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from pruning.alignment import Alignment
 from selfpruner.config import RunConfig
 from selfpruner.costs import surgery
 from selfpruner.costs.memory import CACHE_BYTES
@@ -67,7 +68,8 @@ class Scoring:
             racing = self.config.search.racing
             made = count * (1 if racing.is_off else len(racing.rounds))
         elif held <= CACHE_BYTES:
-            made = min(count, math.ceil(self.dense.architecture.mlp / settings.step))
+            step = settings.step or Alignment.of(settings.target).step
+            made = min(count, math.ceil(self.dense.architecture.mlp / step))
         else:
             made = count * self._micro_batches(tokens // self.config.data.length)
         return [surgery.cuts(shapes, self.pruned.kept, made)]

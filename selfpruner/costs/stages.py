@@ -102,14 +102,14 @@ class RunStages:
         return Stage("rank, correct", works, self.memory.calibrate(), timed)
 
     def search(self) -> Stage:
-        """Return scoring: evaluations of all search tokens, cuts, items of every generation."""
+        """Return scoring: evaluations of all search tokens or of a window, cuts, items."""
         count = self.evaluations
-        tokens = count * self._search_tokens
+        tokens = count * self._scored_tokens
         works = [
             *self.scoring.references(self._search_tokens),
-            *self.scoring.scores(count, self._search_tokens),
+            *self.scoring.scores(count, self._scored_tokens),
         ]
-        works += self.scoring.cuts(count, self._search_tokens)
+        works += self.scoring.cuts(count, self._scored_tokens)
         works += self._read(self._walks(count) * self._cuts + self.dense.weight_bytes)
         items = self.config.data.choices
         looked = (count if self.config.fitness.get("accuracy") else 0) + self.llm.generations + 1
@@ -142,13 +142,13 @@ class RunStages:
         if not targets:
             return Stage("front", (), Memory())
         works = [
-            *self.scoring.scores(count, self._search_tokens),
-            *self.scoring.cuts(count, self._search_tokens),
+            *self.scoring.scores(count, self._scored_tokens),
+            *self.scoring.cuts(count, self._scored_tokens),
         ]
         works += self.scoring.scores(1, select)
         works += self._read((self._walks(count) + len(targets)) * self._cuts)
         return Stage(
-            "front", tuple(works), self.memory.score(), count * self._search_tokens + select
+            "front", tuple(works), self.memory.score(), count * self._scored_tokens + select
         )
 
     def select(self) -> Stage:
@@ -269,6 +269,17 @@ class RunStages:
     @property
     def _search_tokens(self) -> int:
         return self._whole(self.config.data.search.tokens)
+
+    @property
+    def _scored_tokens(self) -> int:
+        """Tokens of one evaluation."""
+        window = self.config.search.window
+        all_of_them = self._search_tokens
+        return all_of_them if window is None else min(all_of_them, window * self._length)
+
+    @property
+    def _length(self) -> int:
+        return self.config.data.length
 
     @property
     def _select_tokens(self) -> int:

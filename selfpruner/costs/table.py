@@ -25,7 +25,8 @@ ASSUMPTIONS = (
     "Every evaluation counts in full. Cuts of a plan that fit the cache of 512 MiB are solved once "
     "a level, others for every plan and micro-batch. Branches that plans share and the limits of "
     "the search on calls, tokens, money and time are left out.",
-    "Plans cost what the budget leaves of the blocks, in parameters, operations and bytes alike.",
+    "Plans cost what the budget leaves of the blocks, in parameters, operations and bytes alike; a "
+    "speedup s is taken for a share 1/s of the bytes.",
     "Tokens of the LLM are those of the first prompt and of half the longest reply, a quarter more "
     "for repairs; tokens of tasks are those of SmolLM2's tokenizer.",
     "Prices, shares of the peak, seconds of the start and of a layer are examples in the hardware "

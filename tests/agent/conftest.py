@@ -18,7 +18,8 @@ from agent.settings import DriverSettings, Price, RacingSettings, SearchSettings
 from agent.state import SearchContext
 from prompts.library import load_strategy
 from pruning.architecture import Architecture
-from pruning.plan import Budget, Grid, Plan
+from pruning.budget import Budget
+from pruning.plan import Grid, Plan
 
 LAYERS = 6
 NO_RACING = RacingSettings(bound=None)

@@ -28,7 +28,8 @@ from agent.settings import DriverSettings, SearchSettings
 from agent.state import SearchContext
 from prompts.library import load_strategy
 from pruning.architecture import Architecture
-from pruning.plan import Budget, Grid, Plan
+from pruning.budget import Budget
+from pruning.plan import Grid, Plan
 from tests.agent.conftest import LAYERS, NO_RACING, Quadratic
 from tests.agent.drivers.chat_server import fitting
 

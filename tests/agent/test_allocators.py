@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from agent import allocators
 from agent.projection import Space
 from pruning.architecture import Architecture
-from pruning.plan import Budget, Grid
+from pruning.budget import Budget
+from pruning.plan import Grid
 
 SMOLLM = Architecture("llama", 30, 576, 9, 3, 64, 1536, 49152, True)
 

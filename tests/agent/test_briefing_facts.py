@@ -6,6 +6,7 @@ import itertools
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from agent.questions import Slot, parents_question, plan_question
 from agent.state import SearchContext
 from agent.view import View
 from prompts import library
+from pruning.architecture import Architecture
+from pruning.budget import Budget
 
 MARKS = {
     "sensitivity": "mlp error",
@@ -231,3 +234,15 @@ def test_statistics_name_groups_and_extremes(searched: SearchContext) -> None:
     take, give = margins.steps(searched, searched.first_plan)
     assert lines[5].endswith(f"layers {' '.join(map(str, np.argsort(take[:, 1])[:4]))}")
     assert lines[6].endswith(f"layers {' '.join(map(str, np.argsort(-give[:, 1])[:4]))}")
+
+
+def test_grids_with_gaps_are_told_as_they_are(scene: Callable[..., SearchContext]) -> None:
+    """A target, or a table of times, may leave levels out: the LLM is told which there are."""
+    context = scene(min_rate=0.0, max_rate=1.0)
+    assert "Attention keeps 1 to 4 KV groups; an MLP" in briefing.common(context)["units"]
+    grid = context.grid.keeping([0, 1, 3], [1, 5, 7, 11, 15])
+    architecture = Architecture("llama", context.space.layers, 64, 8, 4, 8, 256, 100, True)
+    budget = Budget.of(architecture, grid, "parameters", 0.7)
+    told = briefing.common(replace(context, grid=grid, budget=budget))["units"]
+    assert "Attention keeps one of 1, 2, 4 KV groups, one unit being one step" in told
+    assert "an MLP keeps 1 to 5 steps of 51 channels" in told  # 256 / 5, on average

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from agent import allocators, knapsack
 from agent.projection import Floats, Levels, Space
 from pruning.architecture import Architecture
-from pruning.plan import Budget, BudgetKind, Grid
+from pruning.budget import Budget, BudgetKind, Times
+from pruning.plan import Grid
 
 SMOLLM = Architecture("llama", 30, 576, 9, 3, 64, 1536, 49152, True)
 LARGE = Architecture("llama", 80, 8192, 64, 8, 128, 28672, 128256, False)
@@ -76,6 +77,29 @@ def test_every_plan_is_within_tight_and_no_worse_than_the_greedy_one(
     greedy = allocators.heuristic(space, table)
     if space.is_allowed(greedy):
         assert total(table, found) <= total(table, greedy) + 1e-9
+
+
+@pytest.mark.parametrize("target", [1.0, 1.3, 1.8])
+def test_no_plan_of_that_speed_loses_less(target: float) -> None:
+    """Times of no common unit: none that leaves a bin a block, of 20,000, is better."""
+    grid = Grid.of(TINY, 32)
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        rows = [
+            tuple(np.cumsum(rng.integers(1_000, 900_000, len(x))).tolist())
+            for x in (grid.attention, grid.mlp)
+        ]
+        times = Times(int(rng.integers(0, 500_000)), rows[0], rows[1])
+        space = Space(grid, Budget.timed(times, TINY.layers, target), max_rate=1.0)
+        pairs = list(itertools.product(*(range(len(kept)) for kept in space.kept)))
+        limit = space.budget.limit * (1 - 8 / 20_000)
+        plans = [x for x in itertools.product(pairs, repeat=4) if space.budget.cost(x) <= limit]
+        table = falling(space, seed)
+        found = knapsack.knapsack(space, table)
+        assert space.budget.is_within(found)
+        assert space.budget.is_tight(found)
+        assert space.budget.achieved(found) >= target - 1e-9
+        assert total(table, found) <= min(total(table, x) for x in plans) + 1e-9
 
 
 def test_costs_without_a_common_unit_are_binned_and_stay_within() -> None:

@@ -11,7 +11,8 @@ from agent import population
 from agent.projection import Space
 from agent.settings import Granularity
 from pruning.architecture import Architecture
-from pruning.plan import Budget, Grid
+from pruning.budget import Budget
+from pruning.plan import Grid
 
 ARCHITECTURE = Architecture("llama", 30, 576, 9, 3, 64, 1536, 49152, True)
 

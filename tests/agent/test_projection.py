@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from agent.projection import Space
 from pruning.architecture import Architecture
-from pruning.plan import AttentionUnit, Budget, BudgetKind, Grid
+from pruning.budget import Budget, BudgetKind, Times
+from pruning.plan import AttentionUnit, Grid
 
 FAMILIES = {
     "llama": Architecture("llama", 5, 96, 8, 8, 12, 256, 1000, False),
@@ -31,17 +32,29 @@ def spaces(draw: st.DrawFn) -> Space:
     unit: AttentionUnit = draw(st.sampled_from(["kv_group", "query_head"]))
     step = draw(st.sampled_from([8, 16, 30, 32, 64]))
     grid = Grid.of(architecture, step, unit, draw(st.booleans()))
-    kinds: list[BudgetKind] = ["parameters", "macs", "bytes"]
+    kinds: list[BudgetKind] = ["parameters", "macs", "bytes", "memory", "speedup"]
     kind, total = draw(st.sampled_from(kinds)), draw(st.booleans())
     share = draw(st.floats(0.05, 1.0))
     try:
-        if total:
-            parameters = architecture.fixed_parameters() + share * architecture.block_parameters()
-            budget = Budget.of(architecture, grid, "parameters", parameters)
+        if kind == "speedup":
+            steps = np.random.default_rng(draw(st.integers(0, 10**6)))
+            attention, mlp = (
+                tuple(np.cumsum(steps.integers(1, 50_000, len(x))).tolist())
+                for x in (grid.attention, grid.mlp)
+            )
+            times = Times(draw(st.integers(0, 10**6)), attention, mlp)
+            budget = Budget.timed(times, architecture.layers, 1 / share)
+        elif kind == "memory" or total:
+            fixed = architecture.fixed_parameters()
+            parameters = fixed + share * architecture.block_parameters()
+            asked = 2 * parameters if kind == "memory" else parameters
+            kind = "memory" if kind == "memory" else "parameters"
+            budget = Budget.of(architecture, grid, kind, asked)
         else:
             budget = Budget.of(architecture, grid, kind, share)
-    except ValueError:
-        assume(False)
+    except ValueError as error:
+        assume("cannot be met" not in str(error))
+        raise
     rates = sorted(draw(st.tuples(st.floats(0, 0.95), st.floats(0, 1))))
     return Space(grid, budget, rates[0] if draw(st.booleans()) else 0.0, rates[1])
 

@@ -136,20 +136,17 @@ def test_seeded_random_plans_descend_from_none(scene: Scene, tmp_path: Path) -> 
     assert np.mean(gaps) < np.mean(far)
 
 
-def test_guided_takes_the_likeliest_of_several_proposals(scene: Scene, tmp_path: Path) -> None:
-    """With the filter on, later proposals are fitter on average than without it."""
-    means = {}
-    for count in (1, 16):
-        fitness = []
-        for seed in range(4):
-            folder = tmp_path / f"{count}-{seed}"
-            folder.mkdir()
-            context = scene(allocator="guided", filter=count, seed=seed, evaluations=40)
-            run(context, folder)
-            later = [x.fitness for x in context.ledger.candidates() if x.generation > 0]
-            fitness.append(np.mean(later) / context.ledger.candidates()[0].fitness)
-        means[count] = np.mean(fitness)
-    assert means[16] < means[1]
+def test_guided_learns_what_cut_errors_do_not_tell(scene: Scene, tmp_path: Path) -> None:
+    """From cut errors that know no layer it comes nearer to the optimum than a genetic search."""
+    best: dict[str, list[float]] = {"guided": [], "genetic": []}
+    for allocator, seed in [(a, s) for a in best for s in range(4)]:
+        folder = tmp_path / f"{allocator}-{seed}"
+        folder.mkdir()
+        context = scene(allocator=allocator, seed=seed, sensitive=False, evaluations=40)
+        result = run(context, folder)
+        best[allocator].append(result.best.fitness / context.ledger.candidates()[0].fitness)
+    assert max(best["guided"]) < 0.9
+    assert np.mean(best["guided"]) < np.mean(best["genetic"])
 
 
 def test_plans_handed_in_are_scored_first(scene: Scene, tmp_path: Path) -> None:

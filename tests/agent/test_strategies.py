@@ -22,7 +22,8 @@ from agent.view import View
 from prompts import library
 from prompts.library import Strategy, load_strategy
 from pruning.architecture import Architecture
-from pruning.plan import Budget, Grid
+from pruning.budget import Budget
+from pruning.plan import Grid
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = [

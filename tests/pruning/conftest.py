@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.trainers import BpeTrainer
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -174,6 +177,96 @@ def tokenizer() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         unk_token="</s>",
     )
+
+
+TRAINING_TEXT = [
+    "The quick brown fox jumps over the lazy dog, and the dog isn't amused; they'LL see.",
+    "In 1984 there were 12345 foxes\n\n\tand x = 3.14159 of them were naïve (or so they said).",
+    "the theory of the thing is that there are three thousand other things in there   ",
+]
+
+
+@pytest.fixture(scope="session")
+def train_bpe() -> Callable[..., PreTrainedTokenizerFast]:
+    """Byte-level BPE of 320 tokens whose words are split by the given steps before."""
+
+    def trained(*steps: Any, **options: Any) -> PreTrainedTokenizerFast:
+        made = Tokenizer(BPE(**options))
+        made.pre_tokenizer = pre_tokenizers.Sequence(list(steps))
+        trainer = BpeTrainer(
+            vocab_size=320,
+            show_progress=False,
+            special_tokens=["<pad>", "<s>", "</s>", "<|endoftext|>"],  # Qwen2 adds the last
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        )
+        made.train_from_iterator(TRAINING_TEXT * 2, trainer)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+        )
+
+    return trained
+
+
+@pytest.fixture(scope="session")
+def bpe(train_bpe: Callable[..., PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
+    return train_bpe(pre_tokenizers.ByteLevel(add_prefix_space=False))
+
+
+class LlamaCpp:
+    """Stock llama.cpp with one GGUF file loaded, on one thread.
+
+    By default it caches keys and values in float16, and its fused attention rounds to that too:
+    both are off, so that what is left is the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import xllamacpp
+
+        parameters = xllamacpp.CommonParams()
+        parameters.model.path = str(path)
+        parameters.n_ctx = 512
+        parameters.n_parallel = 1
+        parameters.verbosity = 0
+        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
+        parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self._server = xllamacpp.Server(parameters)
+
+    def tokens(self, text: str) -> list[int]:
+        """The ids of a text, special tokens read and added."""
+        asked = {"content": text, "add_special": True, "parse_special": True}
+        ids: list[int] = self._post("tokenize", asked)["tokens"]
+        return ids
+
+    def continued(self, ids: list[int], num: int) -> list[int]:
+        """`num` greedy tokens, none of which ends the text."""
+        asked = {"prompt": ids, "n_predict": num, "temperature": 0, "ignore_eos": True}
+        answer = self._post("completion", asked | {"return_tokens": True, "cache_prompt": False})
+        tokens: list[int] = answer["tokens"]
+        return tokens
+
+    def logprobs(self, ids: list[int], num: int, forced: int) -> dict[int, float]:
+        """The `num` likeliest next tokens and their log-probabilities.
+
+        They are told of whole characters only: `forced`, the token that is taken, must be one.
+        """
+        asked = {"prompt": ids, "n_predict": 1, "n_probs": num, "logit_bias": [[forced, 1000]]}
+        (answer,) = self._post("completion", asked)["completion_probabilities"]
+        return {x["id"]: x["logprob"] for x in answer["top_logprobs"]}
+
+    def _post(self, path: str, asked: dict[str, Any]) -> Any:
+        request = urllib.request.Request(
+            f"{self._server.listening_address}/{path}",
+            json.dumps(asked).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+
+
+@pytest.fixture(scope="session")
+def llama_cpp() -> type[LlamaCpp]:
+    return LlamaCpp
 
 
 @pytest.fixture

@@ -74,7 +74,17 @@ def test_configurations_load_nothing_heavy() -> None:
 def test_help_lists_the_commands() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for name in ("plan", "compress", "resume", "evaluate", "speed", "experiment", "report"):
+    for name in [
+        "plan",
+        "compress",
+        "resume",
+        "evaluate",
+        "speed",
+        "profile",
+        "export",
+        "experiment",
+        "report",
+    ]:
         assert name in result.output
 
 
@@ -256,7 +266,7 @@ def test_defects_keep_their_traceback(pipeline: Recorder, monkeypatch: pytest.Mo
 
 
 def test_evaluate_takes_tasks_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    judge = Recorder(monkeypatch, "inspection", "evaluate_command", "speed_command")
+    judge = Recorder(monkeypatch, "inspection", "evaluate_command")
     result = run("evaluate", "m", "--tasks", "piqa,boolq", "--baseline", "d", "--samples", "5")
     assert result.exit_code == 0, result.output
     [(name, (model,), named)] = judge.calls
@@ -275,11 +285,26 @@ def test_evaluate_takes_tasks_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused.stderr.startswith("selfpruner: --tasks: got mmlu; allowed: boolq, piqa")
 
 
-def test_speed_compares_with_a_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
-    judge = Recorder(monkeypatch, "inspection", "evaluate_command", "speed_command")
-    assert run("speed", "m", "--baseline", "d").exit_code == 0
-    [(name, (model,), named)] = judge.calls
-    assert (name, model, named["baseline"]) == ("speed_command", "m", "d")
+def test_profile_says_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = Recorder(monkeypatch, "profile", "profile_command")
+    assert run("profile", "m").exit_code == 0
+    more = ("--phase", "prefill", "--batch", "4", "--tokens", "64", "--again", "--out", "there")
+    assert run("profile", "m", *more).exit_code == 0
+    [(_, (model,), plain), (_, _, named)] = profile.calls
+    assert (model, plain["plans"], plain["again"], plain["out"]) == ("m", 12, False, None)
+    assert str(plain["workload"]) == "decode, batch 1, 512 tokens"
+    assert str(named["workload"]) == "prefill, batch 4, 64 tokens"
+    assert (named["again"], named["out"]) == (True, Path("there"))
+    assert run("profile", "m", "--phase", "train").exit_code == 2
+
+
+def test_a_pick_is_a_setting_of_the_front(pipeline: Recorder) -> None:
+    targets = "front.targets=[0.8]"
+    assert run("compress", DEMO, "--set", targets, "--pick", "knee").exit_code == 0
+    assert pipeline.calls[0][1][0].front.pick == "knee"
+    refused = run("compress", DEMO, "--pick", "knee", "--out", "other")
+    assert refused.exit_code == 2
+    assert "front.pick: got 'knee'; allowed without front.targets: budget" in refused.stderr
 
 
 def test_report_takes_run_folders_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

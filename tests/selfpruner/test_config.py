@@ -41,6 +41,44 @@ def write(tmp_path: Path) -> Write:
             "pruning.metric: got 'wandas'; "
             "allowed: 'magnitude', 'obs', 'random', 'wanda_sp' or 'wifv'",
         ),
+        (
+            "budget: {}",
+            "budget: got none; allowed: exactly one of parameters, macs, bytes, memory, speedup",
+        ),
+        ("budget: {macs: 0.5, speedup: 2}", "budget: got macs and speedup; allowed: exactly one"),
+        ("budget: {speedup: 0.9}", "budget.speedup: got 0.9; allowed: greater than or equal to 1"),
+        ("budget: {speedup: 2, phase: train}", "budget.phase: got 'train'; allowed: 'decode' or"),
+        ("budget: {speedup: 2, batch: 0}", "budget.batch: got 0; allowed: greater than or equal"),
+        (
+            "budget: {macs: 0.5, phase: decode}",
+            "budget.phase: got 'decode'; allowed only beside budget.speedup",
+        ),
+        (
+            "budget: {parameters: 0.5, tokens: 9}",
+            "budget.tokens: got 9; allowed only beside budget.memory or budget.speedup",
+        ),
+        ("budget: {memory: 1GB, batch: 2}", "budget.tokens: not given; budget.batch 2 needs"),
+        ("budget: {memory: 40 Gibi}", "budget.memory: got '40 Gibi'; allowed: bytes, or a number"),
+        ("budget: {memory: 1.2.3GB}", "budget.memory: got '1.2.3GB'; allowed: bytes, or a number"),
+        ("budget: {memory: 0GB}", "budget.memory: got 0.0; allowed: greater than 0"),
+        ("pruning: {target: gpu}", "pruning.target: got 'gpu'; allowed: cpu, tensor-cores, gguf"),
+        (
+            "front: {pick: best}",
+            "front.pick: got 'best'; allowed: 'budget', 'knee', 'fastest' or 'most-accurate'",
+        ),
+        ("front: {pick: knee}", "front.pick: got 'knee'; allowed without front.targets: budget"),
+        (
+            "front: {targets: [0.8, 1.5]}",
+            "front.targets: got 1.5; allowed beside budget.parameters 0.7: shares up to 1",
+        ),
+        (
+            "front: {targets: [0.8]}\nbudget: {speedup: 1.4}",
+            "front.targets: got 0.8; allowed beside budget.speedup 1.4: speedups of at least 1",
+        ),
+        (
+            "front: {targets: [0.8]}\nbudget: {memory: 1GB}",
+            "front.targets: got 0.8; allowed beside budget.memory 1e+09: none, because it is",
+        ),
         ("pruning: {ridge: '0.1'}", "pruning.ridge: got '0.1'; allowed: auto or a number above 0"),
         ("pruning: {ridge: 0}", "pruning.ridge: got 0; allowed: auto or a number above 0"),
         ("pruning: {ridge: true}", "pruning.ridge: got True; allowed: auto or a number above 0"),
@@ -129,7 +167,7 @@ def test_later_layers_win_key_by_key(write: Write) -> None:
     assert config.search.population == 20  # file over recipe
     assert config.search.crossover == 5  # command line over recipe
     assert config.search.evaluations == 430  # recipe over default
-    assert config.pruning.step == 32  # default
+    assert config.pruning.target == "cpu"  # default
 
 
 def test_recipe_can_come_from_the_command_line(write: Write) -> None:
@@ -207,3 +245,31 @@ def test_self_pruner_is_the_paper() -> None:
 def test_published_parameter_counts(name: str, parameters: int) -> None:
     config = yaml.safe_load((CONFIGS / "models" / f"{name}.yaml").read_text("utf-8"))
     assert Architecture.from_config(config).total_parameters() == parameters
+
+
+def test_sizes_are_read_in_either_unit(write: Write) -> None:
+    path = write("model: m\nbudget: {memory: 40GiB, tokens: 100}")
+    config = load_config(path)
+    assert config.budget.memory == 40 * 1024**3
+    assert config.budget.cached_tokens == 100
+    assert parse_config(config.to_yaml(), "copy") == config
+    for text, size in (("500MB", 5e8), ("1.5 kB", 1500), ("2MiB", 2**21), ("1000000", 1e6)):
+        assert load_config(path, budget=f"memory={text}").budget.target == size
+
+
+def test_a_speedup_is_asked_on_the_command_line(write: Write) -> None:
+    path = write("model: m\nbudget: {parameters: 0.7}")
+    config = load_config(path, budget="speedup=1.4")
+    assert str(config.workload) == "decode, batch 1, 512 tokens"
+    settings = ["budget.phase=prefill", "budget.batch=4", "budget.tokens=128"]
+    config = load_config(path, budget="speedup=1.4", settings=settings)
+    assert config.budget.name == "speedup=1.4,phase=prefill,batch=4,tokens=128"
+    assert str(config.workload) == "prefill, batch 4, 128 tokens"
+    assert config.weighs_latency
+    assert parse_config(config.to_yaml(), "copy") == config
+    plain = load_config(path)
+    assert str(plain.workload) == "prefill, batch 1, 256 tokens"
+    assert not plain.weighs_latency
+    assert load_config(path, settings=["fitness={kl: 1, latency: 0.1}"]).weighs_latency
+    with pytest.raises(ValueError, match=r"budget\.phase: got 'decode'; allowed only beside"):
+        load_config(path, settings=["budget.phase=decode"])

@@ -6,12 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from numpy.typing import NDArray
 from typer.testing import CliRunner
 
+from pruning.plan import Plan
+from selfpruner import profiling
 from selfpruner.cli import main
+from selfpruner.experiment import _Searches, cells_of
+from selfpruner.experiment_config import load_experiment
+from selfpruner.profiling import Detail
+from selfpruner.progress import Progress
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +107,46 @@ def test_a_finished_experiment_loads_nothing(
 ) -> None:
     monkeypatch.setattr("selfpruner.experiment.prepare", lambda *_: pytest.fail("loaded a model"))
     assert _run(study, "alone") == alone
+
+
+def test_budgets_of_time_have_an_arena_for_every_workload(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that takes 1 ms, 1 a group and 0.1 a channel stands in for the stopwatch."""
+
+    def timed(
+        _: Any, plans: list[Plan], _workload: Any, detail: Detail, on_visit: Any
+    ) -> NDArray[np.float64]:
+        row = [1 + sum(x.kv_groups + 0.1 * x.mlp_channels for x in p.layers) for p in plans]
+        on_visit()
+        return np.array([row] * detail.rounds)
+
+    monkeypatch.setattr(profiling, "timed", timed)
+    asked = [
+        {"speedup": 1.3, "tokens": 8},
+        {"speedup": 1.6, "tokens": 8},
+        {"speedup": 1.3, "tokens": 8, "phase": "prefill"},
+        {"parameters": 0.7},
+    ]
+    experiment = {
+        "base": str(tiny_run),
+        "seeds": [0],
+        "budgets": asked,
+        "matrix": {"search.allocator": ["random"]},
+    }
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(experiment))
+    plan = load_experiment(file)
+    cells = cells_of(plan)
+    # Worker processes would not see the stand-in.
+    searches = _Searches(plan, tmp_path / "times", Progress(), None)
+    assert all(searches(cell)["seconds"] > 0 for cell in cells)
+    assert [x["budget"] for x in cells] == [
+        "speedup=1.3,tokens=8",
+        "speedup=1.6,tokens=8",
+        "speedup=1.3,phase=prefill,tokens=8",
+        "parameters=0.7",
+    ]
+    (models,) = [x for x in (tmp_path / "times").iterdir() if x.is_dir()]
+    arenas = {x.name for x in models.glob("arena*")}
+    assert arenas == {"arena-decode-1-8", "arena-prefill-1-8", "arena"}

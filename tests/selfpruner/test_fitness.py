@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,10 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from evaluators.choices import EncodedChoices, _MicroBatch
 from pruning.elastic import ElasticModel, Recipe
 from pruning.families import family_of
-from pruning.plan import AttentionUnit, Grid, Plan
+from pruning.plan import Plan
 from pruning.slicing import sliced
 from selfpruner.fitness import Finished, Fitness
-from selfpruner.speed_model import SpeedModel, fit_speed
+from selfpruner.latency_table import LatencyTable, Workload
 
 DENSE = Plan.from_json([[2, 2, 48]] * 2)
 # The first two and the last share a prefix: the trie meets them in another order than given.
@@ -180,46 +179,23 @@ def test_accuracy_without_items_is_refused(elastic: ElasticModel) -> None:
 
 
 def test_latency_term_is_the_share_of_the_dense_time(elastic: ElasticModel) -> None:
-    """Base 10, 1 a head, 0.5 a channel: 10 + 8 + 48 = 66 dense, 10 + 6 + 12 = 28 for the first."""
-    speed = SpeedModel(10.0, 1.0, 0.5, DENSE, 256)
-    assert speed.milliseconds(DENSE) == 66.0
-    assert speed.speedup(DENSE) == 1.0
-    assert speed.speedup(PLANS[0]) == 66 / 28
+    """Base 10, a group of two heads 2, a channel 0.5: 66 dense, 10 + 6 + 12 = 28 for the first."""
+    speed = LatencyTable(
+        Workload("prefill", 1, 16),
+        "kv_group",
+        DENSE.layers[0],
+        2,
+        10.0,
+        ((1, 2.0), (DENSE.layers[0].kv_groups, 2.0 * DENSE.layers[0].kv_groups)),
+        ((8, 4.0), (DENSE.layers[0].mlp_channels, DENSE.layers[0].mlp_channels / 2)),
+    )
+    dense = speed.milliseconds(DENSE)
     fitness = _fitness(elastic, {"kl": 1.0, "latency": 2.0}, speed=speed)
     plain = _fitness(elastic, {"kl": 1.0})(PLANS, [0, 1])
     extra = fitness(PLANS, [0, 1]) - plain
-    assert np.allclose(extra[0], 2 * 28 / 66)
-    assert np.allclose(extra[2], 2.0)
-
-
-@pytest.mark.parametrize("unit", ["kv_group", "query_head"])
-def test_fitted_speed(elastic: ElasticModel, unit: AttentionUnit) -> None:
-    grid = Grid.of(family_of(elastic.model)[1], 8, unit)
-    speed = fit_speed(elastic, grid, 2, tokens=64, rounds=2)
-    assert min(speed.base, speed.per_head, speed.per_channel) >= 0
-    assert speed.tokens == 64
-    assert speed.dense == DENSE
-    assert speed.speedup(DENSE) == 1.0
-    assert speed.speedup(grid.plan([(0, 0)] * 2)) >= 1.0
-
-
-def test_fitted_speed_recovers_a_linear_machine(
-    elastic: ElasticModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A clock that charges 2 ms, 3 a head and 0.25 a channel: the fit finds them."""
-    clock = [0.0]
-
-    def run(_: Any, plan: Plan, *_args: Any) -> Tensor:
-        heads = sum(x.kv_groups * x.q_per_group for x in plan.layers)
+    for row, plan in enumerate(PLANS):
+        groups = sum(x.kv_groups for x in plan.layers)
         channels = sum(x.mlp_channels for x in plan.layers)
-        clock[0] += (2 + 3 * heads + 0.25 * channels) / 1000
-        return torch.zeros(1)
-
-    monkeypatch.setattr("selfpruner.speed_model.run_plan", run)
-    monkeypatch.setattr("selfpruner.speed_model.time.perf_counter", lambda: clock[0])
-    grid = Grid.of(family_of(elastic.model)[1], 8)
-    speed = fit_speed(elastic, grid, 2, tokens=8, rounds=3)
-    found = (speed.base, speed.per_head, speed.per_channel)
-    assert found == pytest.approx((2.0, 3.0, 0.25), rel=1e-6)
-    dense_ms = 2 + 3 * 8 + 0.25 * 96
-    assert math.isclose(speed.milliseconds(DENSE), dense_ms, rel_tol=1e-6)
+        by_hand = 10 + 2 * groups + channels / 2
+        assert speed.milliseconds(plan) == pytest.approx(by_hand)
+        assert np.allclose(extra[row], 2 * by_hand / dense)

@@ -13,7 +13,8 @@ from agent.ledger import Ledger
 from pruning.plan import Plan
 from selfpruner.arena import Arena
 from selfpruner.config import load_config
-from selfpruner.front import front
+from selfpruner.finishing import best_on_fresh_tokens
+from selfpruner.front import Front, front, knee
 from selfpruner.progress import Progress
 from selfpruner.results import FrontPoint
 from selfpruner.run_folder import RunFolder
@@ -37,16 +38,22 @@ def found(arena: tuple[Arena, RunFolder]) -> SearchResult:
 
 
 @pytest.fixture(scope="module")
-def points(arena: tuple[Arena, RunFolder], found: SearchResult) -> tuple[FrontPoint, ...]:
-    return front(arena[0], found, arena[1], Progress())
+def made(arena: tuple[Arena, RunFolder], found: SearchResult) -> Front:
+    own = best_on_fresh_tokens(found, arena[0].selection)
+    return front(arena[0], found, own, arena[1], Progress())
+
+
+@pytest.fixture(scope="module")
+def points(made: Front) -> tuple[FrontPoint, ...]:
+    return made.points
 
 
 def test_every_budget_has_a_plan_within_it_and_tight(
     arena: tuple[Arena, RunFolder], points: tuple[FrontPoint, ...]
 ) -> None:
     bench, folder = arena[0].bench, arena[1]
-    assert [x.target for x in points] == [0.9, 0.8, 0.7, 0.6, 0.5]
-    for point in points:
+    assert [x.target for x in points] == [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
+    for point in points[1:]:
         config = load_config(folder.config, settings=[f"budget.parameters={point.target}"])
         budget = bench.proposing(config).budget
         levels = bench.grid.levels(Plan.from_json(point.plan))
@@ -95,3 +102,64 @@ def test_each_budget_begins_with_the_plan_of_its_neighbour(
         start = there.grid.plan(there.space.project(shares))
         first = [x.plan for x in _scored(arena[1], target) if x.generation == 0]
         assert start in first
+
+
+def test_the_dense_model_begins_the_front(
+    arena: tuple[Arena, RunFolder], points: tuple[FrontPoint, ...]
+) -> None:
+    bench, dense = arena[0].bench, points[0]
+    assert Plan.from_json(dense.plan) == Plan.dense(bench.architecture)
+    assert (dense.target, dense.achieved, dense.speedup, dense.evaluations) == (1.0, 1.0, 1.0, 0)
+    assert dense.parameters == bench.architecture.total_parameters()
+    assert dense.fitness == pytest.approx(0, abs=1e-6)  # divergence from itself
+    for point in points:
+        assert point.milliseconds == arena[0].speed.milliseconds(Plan.from_json(point.plan))
+
+
+def test_each_pick_is_what_it_says(
+    arena: tuple[Arena, RunFolder], made: Front, points: tuple[FrontPoint, ...]
+) -> None:
+    pruned = points[1:]
+    assert made.picked("budget", 0.7).point.target == 0.7
+    fastest = made.picked("fastest", 0.7)
+    assert fastest.point.milliseconds == min(x.milliseconds for x in pruned)
+    best = made.picked("most-accurate", 0.7)
+    assert best.point.selection_fitness == min(x.selection_fitness for x in pruned)
+    for stop in (fastest, best):
+        assert stop.selected.plan == Plan.from_json(stop.point.plan)
+        assert stop.arena.bench.budget.target == stop.point.target
+        assert stop.arena.selection is arena[0].selection
+    told = json.loads((arena[1] / "front.json").read_text())
+    assert told["picked"] == {"by": "budget", "target": 0.7}
+
+
+def _at(milliseconds: float, fitness: float) -> FrontPoint:
+    return FrontPoint(
+        target=1.0,
+        achieved=1.0,
+        parameters=1,
+        speedup=10 / milliseconds,
+        milliseconds=milliseconds,
+        fitness=fitness,
+        selection_fitness=fitness,
+        evaluations=1,
+        seconds=0.0,
+        plan=((1, 1, 1),),
+    )
+
+
+@pytest.mark.parametrize(
+    ("pruned", "index"),
+    [
+        # Distances below the chord from (10, 0) to (5, 1): 0.2 - 0.05, 0.6 - 0.2, 0.8 - 0.5, 0.
+        ([(9, 0.05), (7, 0.2), (6, 0.5), (5, 1.0)], 2),
+        ([(9, 0.5), (7, 0.9), (5, 1.0)], 3),  # all above: the fastest one
+        ([(9, 0.1), (8, 0.2), (5, 1.0)], 2),  # 0.1 and 0.2
+        ([(8, 0.2), (7, 0.4), (5, 1.0)], 1),  # a tie: the first
+        ([(9, 0.5)], 1),
+        ([(12, 0.5), (11, 0.3)], 2),  # nothing is faster: the fitter one
+        ([(9, -0.1), (8, -0.2)], 2),  # nothing is worse
+    ],
+)
+def test_the_knee_by_hand(pruned: list[tuple[float, float]], index: int) -> None:
+    assert knee([_at(10, 0.0), *(_at(*x) for x in pruned)]) == index

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from pruning.architecture import Architecture
-from pruning.plan import Budget, Grid, Plan
+from pruning.budget import Budget
+from pruning.plan import Grid, Plan
 from selfpruner import pipeline
 from selfpruner.config import CONFIGS, load_config
 from selfpruner.progress import Progress

@@ -1,0 +1,418 @@
+"""Speed of model files in the engines that serve them, each model in a process of its own.
+
+Two models take turns, first one ahead, then the other, so that drift hits both alike. The worker
+is `engine_worker.py`, started by path: the interpreter may be that of another environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, Self
+
+import numpy as np
+
+NAMES = ("transformers", "vllm", "llama.cpp")
+LEAST_REPEATS = 3
+
+_WORKER = Path(__file__).with_name("engine_worker.py")
+_GRACE_SECONDS = 10.0
+_CAUSE = re.compile(r"^[\w.]*(Error|Exception|Interrupt)\b")
+
+
+class EngineError(Exception):
+    """A worker ended or gave no sense; one line, with the end of what it said."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an engine loads: a folder or hub id, a `.gguf` path, or a folder and its GGUF file."""
+
+    model: str
+    gguf_file: str | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all engines are told. `threads` is of each process, `seconds` a bound on one case.
+
+    A case gets `repeats` timed repeats after `warmup` untimed ones, or as many as fit into
+    `seconds`, but three at least.
+    """
+
+    dtype: str
+    device: str
+    threads: int
+    repeats: int = 5
+    warmup: int = 1
+    seconds: float = 60.0
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch of prompts of `tokens` tokens each, then `new_tokens` decode steps."""
+
+    batch: int
+    tokens: int
+    new_tokens: int
+
+
+Tell = Callable[[Case], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity in one case; by model: the median and quartiles in milliseconds.
+
+    `phase` is prefill or decode (one step), or products: a prefill's matrix products alone.
+    `tokens_per_second` counts the batch: prompt tokens, or one new token a sequence. With two
+    models, `speedup` is the first's median over the second's, `quartiles` those of the ratio over
+    repeats.
+    """
+
+    phase: str
+    batch: int
+    tokens: int
+    repeats: int
+    ms: dict[str, float]
+    spread_ms: dict[str, tuple[float, float]]
+    tokens_per_second: dict[str, float]
+    speedup: float | None
+    quartiles: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """What one decode step has to read, by model, and the speedup if it did nothing else."""
+
+    batch: int
+    tokens: int
+    by_model: dict[str, int]
+    speedup: float | None
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """One engine's figures.
+
+    `facts` by model: version, dtype, threads, mode, context, load_seconds (from the engine's
+    import until it is ready), and of the whole process tree peak_bytes; device_bytes where the
+    engine knows them; file_bytes where the weights are files here; parameters and weight_bytes in
+    transformers. `absent` says why there is nothing: not installed, or what went wrong.
+    """
+
+    engine: str
+    facts: dict[str, dict[str, Any]]
+    rows: tuple[Row, ...] = ()
+    bytes: tuple[Bytes, ...] = ()
+    skipped: tuple[str, ...] = ()
+    absent: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return asdict(self)
+
+
+def compare_engine(
+    engine: str,
+    models: Mapping[str, Source],
+    cases: Sequence[Case],
+    settings: Settings,
+    *,
+    python: str | None = None,
+    tell: Tell = lambda _: None,
+) -> EngineReport:
+    """Return the times of one model, or of a baseline and a second one, in one engine.
+
+    An engine that is not installed, refuses a model or dies is reported as such: `absent` where
+    there is nothing at all, else a line in `skipped` and what was measured before.
+
+    Args:
+        engine: One of `NAMES`.
+        models: Sources by name.
+        cases: What to time, in order.
+        settings: What the engines are told.
+        python: Interpreter that has the engine; None takes this one.
+        tell: Called after each case.
+
+    Raises:
+        ValueError: an unknown engine, or not one or two models.
+    """
+    if engine not in NAMES or not 1 <= len(models) <= 2:
+        raise ValueError(
+            f"engines: got {engine!r} with {len(models)} models; "
+            f"allowed: {', '.join(NAMES)}, 1 or 2 models"
+        )
+    comparison = _Comparison(engine, models, settings)
+    with ExitStack() as stack:
+        try:
+            reason = comparison.load(stack, cases, python or sys.executable)
+            if reason is not None:
+                return EngineReport(engine, {}, absent=reason)
+            for case in cases:
+                comparison.measure(case)
+                tell(case)
+        except EngineError as error:
+            return comparison.report(failure=str(error))
+        return comparison.report()
+
+
+def file_bytes(source: Source) -> int | None:
+    """Return the bytes of the weight files of a source; None for a hub id."""
+    path = Path(source.model)
+    if source.gguf_file is not None:
+        return (path / source.gguf_file).stat().st_size
+    if path.is_file():
+        return path.stat().st_size
+    if not path.is_dir():
+        return None
+    files = [*path.glob("*.safetensors")] or [*path.glob("*.bin")]
+    return sum(x.stat().st_size for x in files)
+
+
+class _Comparison:
+    """The workers of one engine, and what they have said so far."""
+
+    def __init__(self, engine: str, models: Mapping[str, Source], settings: Settings) -> None:
+        self._engine, self._models, self._settings = engine, models, settings
+        self._can_products = engine == "transformers"
+        self._can_bytes = engine != "vllm"
+        self._workers: dict[str, _Worker] = {}
+        self._facts: dict[str, dict[str, Any]] = {}
+        self._rows: list[Row] = []
+        self._bytes: list[Bytes] = []
+        self._skipped: list[str] = []
+
+    def load(self, stack: ExitStack, cases: Sequence[Case], python: str) -> str | None:
+        """Start a worker for each model; return why the engine is absent, None when it is there."""
+        for name, source in self._models.items():
+            worker = stack.enter_context(_Worker.started(python, self._settings))
+            answer = worker.ask(
+                {
+                    **asdict(source),
+                    "engine": self._engine,
+                    "dtype": self._settings.dtype,
+                    "device": self._settings.device,
+                    "threads": self._settings.threads,
+                    "trust_remote_code": self._settings.trust_remote_code,
+                    "most_batch": max(x.batch for x in cases),
+                    "most_tokens": max(x.tokens + x.new_tokens for x in cases),
+                }
+            )
+            if "ok" not in answer:
+                return str(answer.get("missing") or answer["skip"])
+            self._workers[name] = worker
+            self._facts[name] = {**answer["ok"], "file_bytes": file_bytes(source)}
+        return None
+
+    def measure(self, case: Case) -> None:
+        """Add the rows of one case, or the reason why it is left out."""
+        asked = case.tokens + case.new_tokens
+        context = min(x["context"] for x in self._facts.values())
+        if asked > context:
+            self._skip(case, f"{asked} positions, the model has {context}")
+            return
+        sizes = {"batch": case.batch, "tokens": case.tokens, "seed": 0}
+        turns = self._take_turns(case, {"do": "measure", **sizes, "new_tokens": case.new_tokens})
+        if turns is None:
+            return
+        self._rows += [_row(phase, case, turns) for phase in ("prefill", "decode")]
+        if self._can_bytes:
+            self._add_bytes(case)
+        if self._can_products:
+            products = self._take_turns(case, {"do": "products", **sizes})
+            if products is not None:
+                self._rows.append(_row("products", case, products))
+
+    def report(self, failure: str | None = None) -> EngineReport:
+        """Return all that was measured; what failed is absent, or skipped after some rows."""
+        for name, worker in self._workers.items():
+            with suppress(EngineError):
+                device_bytes = worker.ask({"do": "device_bytes"})["ok"]
+                peak = {"peak_bytes": worker.peak_bytes(), "device_bytes": device_bytes}
+                self._facts[name] |= peak
+        skipped = self._skipped + ([failure] if failure and self._rows else [])
+        absent = failure if failure and not self._rows else None
+        rows, read = tuple(self._rows), tuple(self._bytes)
+        return EngineReport(self._engine, self._facts, rows, read, tuple(skipped), absent)
+
+    def _take_turns(
+        self, case: Case, request: Mapping[str, Any]
+    ) -> dict[str, list[dict[str, float]]] | None:
+        """Return the answers of each repeat by model; None once a model says it does not fit."""
+        answers: dict[str, list[dict[str, float]]] = {name: [] for name in self._workers}
+        order = list(self._workers.items())
+        started = time.monotonic()
+        for repeat in range(-self._settings.warmup, self._settings.repeats):
+            is_late = time.monotonic() - started > self._settings.seconds
+            if repeat >= LEAST_REPEATS and is_late:
+                break
+            for name, worker in order:
+                answer = worker.ask(request)
+                if "skip" in answer:
+                    self._skip(case, f"{name}: {answer['skip']}")
+                    return None
+                if repeat >= 0:
+                    answers[name].append(answer["ok"])
+            order.reverse()
+        return answers
+
+    def _add_bytes(self, case: Case) -> None:
+        context = case.tokens + (case.new_tokens + 1) // 2  # half way through the steps
+        request = {"do": "step_bytes", "batch": case.batch, "context": context}
+        found = {name: int(x.ask(request)["ok"]["bytes"]) for name, x in self._workers.items()}
+        sizes = list(found.values())
+        speedup = sizes[0] / sizes[1] if len(sizes) == 2 else None
+        self._bytes.append(Bytes(case.batch, case.tokens, found, speedup))
+
+    def _skip(self, case: Case, reason: str) -> None:
+        self._skipped.append(f"batch {case.batch}, {case.tokens} tokens: {reason}")
+
+
+def _row(phase: str, case: Case, turns: Mapping[str, Sequence[Mapping[str, float]]]) -> Row:
+    seconds_MR = np.array([[turn[phase] for turn in found] for found in turns.values()])
+    names = list(turns)
+    medians = np.median(seconds_MR, axis=1)
+    spreads = np.percentile(1000 * seconds_MR, [25, 75], axis=1).T
+    tokens = case.batch * (1 if phase == "decode" else case.tokens)
+    speedup = quartiles = None
+    if len(names) == 2:
+        low, high = np.percentile(seconds_MR[0] / seconds_MR[1], [25, 75])
+        speedup, quartiles = float(medians[0] / medians[1]), (float(low), float(high))
+    return Row(
+        phase=phase,
+        batch=case.batch,
+        tokens=case.tokens,
+        repeats=seconds_MR.shape[1],
+        ms=dict(zip(names, (1000 * medians).tolist(), strict=True)),
+        spread_ms={n: (float(a), float(b)) for n, (a, b) in zip(names, spreads, strict=True)},
+        tokens_per_second=dict(zip(names, (tokens / medians).tolist(), strict=True)),
+        speedup=speedup,
+        quartiles=quartiles,
+    )
+
+
+class _Worker:
+    """A process with one engine and one model."""
+
+    def __init__(self, process: subprocess.Popen[str], said: IO[bytes]) -> None:
+        self._process, self._said = process, said
+
+    @classmethod
+    @contextmanager
+    def started(cls, python: str, settings: Settings) -> Iterator[Self]:
+        """Start the process; it is gone when the block is left.
+
+        Raises:
+            EngineError: there is no such interpreter.
+        """
+        with tempfile.TemporaryFile() as said:
+            try:
+                process = subprocess.Popen(
+                    [python, str(_WORKER)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=said,
+                    text=True,
+                    encoding="utf-8",
+                    env=_environment(python, settings.threads),
+                )
+            except OSError as error:
+                raise EngineError(f"{python}: {error.strerror}") from error
+            try:
+                yield cls(process, said)
+            finally:
+                _end(process)
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the answer to one request.
+
+        Raises:
+            EngineError: the process ended, or gave no JSON.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with suppress(BrokenPipeError):  # the empty answer then says that it ended
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise EngineError(f"{self._how_it_ended()}: {self._last_words()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def peak_bytes(self) -> int:
+        """Return the peak resident memory of the process and those it started, summed.
+
+        What one process maps from a file counts while it is resident. Where the system keeps no
+        peak (not Linux) it is the memory of now.
+        """
+        import psutil
+
+        process = psutil.Process(self._process.pid)
+        return sum(_peak(x) for x in [process, *process.children(recursive=True)])
+
+    def _how_it_ended(self) -> str:
+        try:
+            status = self._process.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "the worker stopped answering"
+        if status == -9:
+            return "the worker was killed (signal 9; out of memory?)"
+        return f"the worker ended ({'signal' if status < 0 else 'status'} {abs(status)})"
+
+    def _last_words(self) -> str:
+        """Return the last line that names a cause, else simply the last."""
+        end = self._said.seek(0, os.SEEK_END)
+        self._said.seek(max(0, end - 65_536))
+        text = self._said.read().decode(errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no output"]
+        causes = [line for line in lines if _CAUSE.match(line)]
+        return (causes or lines)[-1][:300]
+
+
+def _environment(python: str, threads: int) -> dict[str, str]:
+    """Return this process's environment, for `threads` threads that do not spin while they wait."""
+    environment = dict(os.environ)
+    if Path(python).absolute() != Path(sys.executable).absolute():
+        environment.pop("PYTHONPATH", None)  # packages of this interpreter, not of that one
+    defaults = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    forced = {"OMP_NUM_THREADS": str(threads), "KMP_BLOCKTIME": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return defaults | environment | forced
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a worker: by the end of its input, else by force."""
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with suppress(BrokenPipeError):
+                stream.close()
+    try:
+        process.wait(_GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _peak(process: Any) -> int:
+    """Return the peak resident memory of a psutil process in bytes."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return int(process.memory_info().rss)
