@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -19,6 +20,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from selfpruner.profiling import CACHE_VARIABLE
 
 WORDS = [f"w{number}" for number in range(509)]
 SETTINGS = {
@@ -104,7 +107,10 @@ def _watched(config: Path, folder: Path, threads: int) -> Peak:
     log = folder.with_suffix(".log")
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*command, "--run", config, folder], stdout=output, stderr=output
+            [*command, "--run", config, folder],
+            stdout=output,
+            stderr=output,
+            env=os.environ | {CACHE_VARIABLE: str(folder.with_suffix(".cache"))},
         )
         while process.poll() is None:
             peak = max(peak, anonymous_bytes(process.pid))

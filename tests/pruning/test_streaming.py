@@ -21,6 +21,7 @@ from pruning.export import export, is_stock
 from pruning.families import family_of
 from pruning.loading import load, load_streamed
 from pruning.plan import Grid, Plan
+from pruning.shaping import shaped
 from pruning.shards import Shards
 from pruning.slicing import sliced, sliced_on_disk
 from pruning.spool import Spool
@@ -259,6 +260,18 @@ def test_slices_and_exports_are_those_of_the_model_in_memory(
             expected = first(tokens).logits
             assert torch.equal(expected, second(tokens).logits)
             assert torch.equal(expected, other(tokens).logits), "converted in place, too"
+
+
+def test_a_stand_in_for_the_stopwatch_has_one_layer_for_all(saved: Any, make_tokens: Any) -> None:
+    held, streamed = _both(saved("qwen3"))
+    tokens = make_tokens(2, 9)
+    one, other = (shaped(model, PLANS[1]) for model in (held, streamed))
+    assert [x.shape for x in one.parameters()] == [x.shape for x in other.parameters()]
+    with torch.no_grad():
+        assert other(tokens).logits.shape == one(tokens).logits.shape
+    weights = [layer.mlp.up_proj.weight for layer in other.model.layers]
+    assert len({x.data_ptr() for x in weights}) == 1
+    assert not [x for x in _weights_in_memory(streamed) if "layers" in x]
 
 
 def _tensors(folder: Path) -> dict[str, Any]:
