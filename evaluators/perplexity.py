@@ -6,6 +6,7 @@ Shapes: N windows, L tokens a window, B windows a batch, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,11 @@ def perplexity(
             precision results depend on it.
         name: Name of the metric, e.g. that of the text.
     """
-    losses_N = window_losses(model, windows_NL, batch_size)
+    return perplexity_of(window_losses(model, windows_NL, batch_size), name)
+
+
+def perplexity_of(losses_N: Tensor, name: str = "perplexity") -> Metric:
+    """Perplexity from the mean cross-entropy in nats of every window, shape (N,)."""
     count = len(losses_N)
     value = math.exp(float(losses_N.mean()))
     stderr = value * float(losses_N.std()) / math.sqrt(count) if count > 1 else None
@@ -73,13 +78,22 @@ def window_losses(model: nn.Module, windows_NL: Tensor, batch_size: int = 1) -> 
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    losses = []
-    for start in range(0, len(windows_NL), batch_size):
-        ids_BL = windows_NL[start : start + batch_size].to(device)
-        logits_BLV = model(input_ids=ids_BL, use_cache=False).logits
-        losses.append(_batch_losses(logits_BLV, ids_BL).cpu())
+    batches = [x.to(device) for x in windows_NL.split(batch_size)]
+    losses_N = losses_of((model(input_ids=x, use_cache=False).logits for x in batches), batches)
     model.train(was_training)
-    return torch.cat(losses)
+    return losses_N
+
+
+@torch.inference_mode()
+def losses_of(logits: Iterable[Tensor], batches: Sequence[Tensor]) -> Tensor:
+    """Mean cross-entropy in nats of every window, shape (N,), float64 on the CPU.
+
+    Args:
+        logits: Of each batch (B, L, V), taken one at a time.
+        batches: Token ids (B, L).
+    """
+    pairs = zip(logits, batches, strict=True)
+    return torch.cat([_batch_losses(logits_BLV, ids_BL).cpu() for logits_BLV, ids_BL in pairs])
 
 
 def _batch_losses(logits_BLV: Tensor, ids_BL: Tensor) -> Tensor:

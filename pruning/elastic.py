@@ -19,6 +19,7 @@ from pruning.facts import AllocationFacts
 from pruning.families import Family, run_layer
 from pruning.plan import LayerPlan, Plan
 from pruning.ranking import Order
+from pruning.spool import Spool, held
 from pruning.statistics import LayerStatistics, stream_statistics
 
 
@@ -64,14 +65,16 @@ class ElasticModel:
         recipe: Recipe,
         *,
         batch_size: int = 8,
+        spool: Spool | None = None,
         on_layer: Callable[[int], None] = lambda _: None,
     ) -> ElasticModel:
         """Return the elastic model from one dense calibration pass, one layer at a time.
 
-        `tokens_BT` are calibration sequences; `on_layer(index)` is called after each layer.
+        `tokens_BT` are calibration sequences; `spool` takes what cuts are made from, instead of
+        memory; `on_layer(index)` is called after each layer.
         """
-        statistics = stream_statistics(model, family, tokens_BT, batch_size, recipe.holds_out)
-        return cls.of(model, family, architecture, statistics, recipe, on_layer=on_layer)
+        measured = stream_statistics(model, family, tokens_BT, batch_size, recipe.holds_out)
+        return cls.of(model, family, architecture, measured, recipe, spool=spool, on_layer=on_layer)
 
     @classmethod
     def of(
@@ -82,6 +85,7 @@ class ElasticModel:
         statistics: Iterable[LayerStatistics],
         recipe: Recipe,
         *,
+        spool: Spool | None = None,
         on_layer: Callable[[int], None] = lambda _: None,
     ) -> ElasticModel:
         """Return the elastic model from the statistics of each layer, taken one at a time."""
@@ -90,7 +94,8 @@ class ElasticModel:
             zip(family.layers(model), statistics, strict=True)
         ):
             own = recipe.for_layer(index)
-            layers.append(ElasticLayer(layer, family, architecture, measured, own))
+            keep = held if spool is None else spool.of_layer(index)
+            layers.append(ElasticLayer(layer, family, architecture, measured, own, keep))
             on_layer(index)
         return cls(model, family, layers)
 
@@ -130,6 +135,11 @@ class ElasticModel:
             self._cached_bytes -= _num_bytes(self._cache.popitem(last=False)[1])
         return value
 
+    def forget(self) -> None:
+        """Drop all cuts that were kept for later."""
+        self._cache.clear()
+        self._cached_bytes = 0
+
     @torch.no_grad()
     def hidden_states(
         self, plans: Sequence[Plan], tokens_BT: Tensor
@@ -154,14 +164,21 @@ class ElasticModel:
             final = self.family.final_norm(self.model)(hidden)
             yield from ((index, final) for index, _ in plans)
             return
-        branches: dict[LayerPlan, list[tuple[int, Plan]]] = {}
-        for index, plan in plans:
-            branches.setdefault(plan.layers[depth], []).append((index, plan))
-        for layer_plan, branch in branches.items():
+        for layer_plan, branch in branches(plans, depth).items():
             parameters = self.layer_parameters(depth, layer_plan)
             layer = self.family.layers(self.model)[depth]
             output = run_cut_layer(layer, layer_plan, parameters, hidden, rotary)
             yield from self._descend(depth + 1, branch, output, rotary)
+
+
+def branches(
+    plans: Iterable[tuple[int, Plan]], depth: int
+) -> dict[LayerPlan, list[tuple[int, Plan]]]:
+    """Return numbered plans by what they keep of layer `depth`."""
+    found: dict[LayerPlan, list[tuple[int, Plan]]] = {}
+    for index, plan in plans:
+        found.setdefault(plan.layers[depth], []).append((index, plan))
+    return found
 
 
 def run_plan(

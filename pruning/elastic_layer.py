@@ -19,9 +19,12 @@ from pruning.plan import AttentionUnit, Grid, LayerPlan
 from pruning.ranking import Order, head_rows, order_of, permuted, unit_scores
 from pruning.reconstruction.correction import correction
 from pruning.reconstruction.ridge import Ridge, held_out_ridge
+from pruning.spool import Keep, held
 from pruning.statistics import LayerStatistics
 
 LayerParameters = dict[str, Tensor]
+
+_KINDS = ("weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -77,22 +80,34 @@ class ElasticLayer:
         architecture: Architecture,
         statistics: LayerStatistics,
         recipe: Recipe,
+        keep: Keep = held,
     ) -> None:
+        """Rank the units of a dense layer; `keep` is where the tensors of the cuts go."""
         self._family, self._architecture, self._unit = family, architecture, recipe.unit
-        self._dense = dict(layer.named_parameters())
-        blocks = output_projections(self._dense, family, architecture, recipe.unit, statistics)
+        dense = {name: x.detach() for name, x in layer.named_parameters()}
+        blocks = output_projections(dense, family, architecture, recipe.unit, statistics)
         self.ridges = (recipe.ridge_of(blocks[0]), recipe.ridge_of(blocks[1]))
         scores = unit_scores(
             recipe.metrics, *blocks, architecture, ridges=self.ridges, seed=recipe.seed
         )
         self.order: Order = order_of(scores, recipe.unit)
-        self._permute_inputs()
+        self._dtype = dense[f"{family.o}.weight"].dtype
+        self._output_biases = {
+            name: dense[name]
+            for name in (f"{role}.bias" for role in (family.o, family.down))
+            if name in dense
+        }
+        self._inputs = keep(self._in_rank_order(dense))
         # Query heads leave rank by rank across all groups, so that a cut is always a prefix.
         heads = self.order.heads if recipe.unit == "kv_group" else self.order.heads.T
         columns = (head_rows(heads, architecture.head_dim), self.order.channels)
         self._attention, self._mlp = (
             correction(
-                recipe.reconstruction, x.weight[:, index], permuted(x.statistics, index), ridge
+                recipe.reconstruction,
+                x.weight[:, index],
+                permuted(x.statistics, index),
+                ridge,
+                keep,
             )
             for x, index, ridge in zip(blocks, columns, self.ridges, strict=True)
         )
@@ -101,13 +116,13 @@ class ElasticLayer:
             statistics.mlp.residual_energy,
         )
         self.facts = LayerFacts(
-            outlier_share(family, self._dense, statistics),
+            outlier_share(family, dense, statistics),
             standardised_scores(blocks[0], columns[0], squared=True),
             standardised_scores(blocks[1], columns[1], squared=False),
         )
 
-    def _permute_inputs(self) -> None:
-        """Put the rows of q, k, v, gate and up into rank order, once."""
+    def _in_rank_order(self, dense: LayerParameters) -> LayerParameters:
+        """Return all but the output projections: q, k, v, gate and up with their rows in order."""
         family, head_dim = self._family, self._architecture.head_dim
         rows = {
             family.q: head_rows(self.order.heads, head_dim),
@@ -116,17 +131,12 @@ class ElasticLayer:
             family.gate: self.order.channels,
             family.up: self.order.channels,
         }
-        self._inputs = {
-            f"{role}.{kind}": self._dense[f"{role}.{kind}"].detach()[index].contiguous()
-            for role, index in rows.items()
-            for kind in ("weight", "bias")
-            if f"{role}.{kind}" in self._dense
-        }
-        outputs = (f"{family.o}.", f"{family.down}.")
-        self._others = {
-            name: tensor.detach()
-            for name, tensor in self._dense.items()
-            if name not in self._inputs and not name.startswith(outputs)
+        index_of = {f"{role}.{kind}": x for role, x in rows.items() for kind in _KINDS}
+        outputs = {f"{role}.{kind}" for role in (family.o, family.down) for kind in _KINDS}
+        return {
+            name: x[index_of[name]].contiguous() if name in index_of else x
+            for name, x in dense.items()
+            if name not in outputs
         }
 
     def inputs(self, plan: LayerPlan) -> LayerParameters:
@@ -134,7 +144,7 @@ class ElasticLayer:
         head_dim = self._architecture.head_dim
         kv = plan.kv_groups * head_dim
         family = self._family
-        result = dict(self._others)
+        result = {}
         for name, tensor in self._inputs.items():
             if name.startswith(family.q):
                 grouped = tensor.view(self._architecture.kv_heads, -1, *tensor.shape[1:])
@@ -142,8 +152,10 @@ class ElasticLayer:
                 result[name] = kept.reshape(-1, *tensor.shape[1:])
             elif name.startswith((family.k, family.v)):
                 result[name] = tensor[:kv]
-            else:
+            elif name.startswith((family.gate, family.up)):
                 result[name] = tensor[: plan.mlp_channels]
+            else:
+                result[name] = tensor
         return result
 
     def attention_output(self, plan: LayerPlan) -> LayerParameters:
@@ -161,15 +173,14 @@ class ElasticLayer:
         return self._output(self._family.down, weight, bias)
 
     def _output(self, role: str, weight: Tensor, bias: Tensor | None) -> LayerParameters:
-        dtype = self._dense[f"{role}.weight"].dtype
         # Stored (in, out): a prefix of input channels stays contiguous.
-        result = {f"{role}.weight": weight.T.to(dtype).contiguous().T}
-        dense_bias = self._dense.get(f"{role}.bias")
+        result = {f"{role}.weight": weight.T.to(self._dtype).contiguous().T}
+        dense_bias = self._output_biases.get(f"{role}.bias")
         if bias is not None and dense_bias is not None:
             bias = bias + dense_bias
         bias = dense_bias if bias is None else bias
         if bias is not None:
-            result[f"{role}.bias"] = bias.to(dtype)
+            result[f"{role}.bias"] = bias.to(self._dtype)
         return result
 
     def parameters(self, plan: LayerPlan) -> LayerParameters:

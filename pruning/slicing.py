@@ -2,21 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pruning import modeling_pruned
-from pruning.elastic import Prunable
+from pruning.elastic import ElasticModel, Prunable
 from pruning.families import Family
 from pruning.plan import LayerPlan, Plan
+from pruning.streaming import LayerWriter, streamed_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 # What a configuration carries about where it came from, not about the network.
 _PROVENANCE = ("architectures", "auto_map", "model_type", "quantization_config", "_name_or_path")
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What a plan makes of a dense model, before any weight.
+
+    Attributes:
+        model_class: stock where the family can express the plan, else of `modeling_pruned`.
+        config: with the widths of the plan.
+        bare_roles: linears that the class gives a bias though the plan has none: zeros.
+    """
+
+    model_class: type[PreTrainedModel]
+    config: PreTrainedConfig
+    bare_roles: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, prunable: Prunable, plan: Plan, first: Mapping[str, Tensor]) -> Blueprint:
+        """Return the blueprint of a plan under which the first layer has the parameters `first`."""
+        family = prunable.family
+        dense: PreTrainedModel = prunable.model
+        has_biases = all(f"{role}.bias" in first for role in (family.o, family.down))
+        return _stock(family, dense, plan, has_biases) or cls(
+            per_layer_class(family), per_layer_config(family, dense.config, plan, has_biases)
+        )
+
+    def layer(self, index: int, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights of one layer, named as in the model."""
+        zeros = {
+            f"{role}.bias": parameters[f"{role}.weight"].new_zeros(
+                parameters[f"{role}.weight"].shape[0]
+            )
+            for role in self.bare_roles
+            if f"{role}.bias" not in parameters
+        }
+        own = {**parameters, **zeros}
+        return {f"model.layers.{index}.{name}": x for name, x in own.items()}
 
 
 @torch.no_grad()
@@ -28,21 +69,35 @@ def sliced(prunable: Prunable, plan: Plan) -> PreTrainedModel:
     """
     parameters = prunable.parameters(plan)
     dense: PreTrainedModel = prunable.model
+    blueprint = Blueprint.of(prunable, plan, parameters[0])
     state = _outer_state(dense)
     for index, layer in enumerate(parameters):
-        state |= {f"model.layers.{index}.{name}": x for name, x in layer.items()}
-    roles = (prunable.family.o, prunable.family.down)
-    has_biases = all(f"{role}.bias" in parameters[0] for role in roles)
-    built = _stock(prunable.family, dense, plan, state, has_biases)
-    if built is None:
-        built = _built(
-            per_layer_class(prunable.family),
-            per_layer_config(prunable.family, dense.config, plan, has_biases),
-            state,
-        )
+        state |= blueprint.layer(index, layer)
+    built = _built(blueprint, state)
     built.generation_config = dense.generation_config
     built.set_attn_implementation(dense.config._attn_implementation)
     return built.to(dense.device).eval()
+
+
+@torch.no_grad()
+def sliced_on_disk(elastic: ElasticModel, plan: Plan, folder: Path) -> PreTrainedModel:
+    """Return what `sliced` does, streamed from `folder`, where it is written layer by layer.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    dense: PreTrainedModel = elastic.model
+    blueprint = Blueprint.of(elastic, plan, elastic.layer_parameters(0, plan.layers[0]))
+    writer = LayerWriter(dense, folder)
+    for index, layer in enumerate(plan.layers):
+        writer.add(blueprint.layer(index, elastic.layer_parameters(index, layer)))
+        elastic.forget()
+    writer.close()
+    built = streamed_model(
+        blueprint.model_class, blueprint.config, folder, dense.dtype, dense.device
+    )
+    built.generation_config = dense.generation_config
+    return built
 
 
 def layer_plan(model: PreTrainedModel) -> Plan:
@@ -103,8 +158,8 @@ def per_layer_config(
 
 
 def _stock(
-    family: Family, dense: PreTrainedModel, plan: Plan, state: dict[str, Tensor], has_biases: bool
-) -> PreTrainedModel | None:
+    family: Family, dense: PreTrainedModel, plan: Plan, has_biases: bool
+) -> Blueprint | None:
     """Return the stock model of a uniform plan, or None where it cannot be expressed.
 
     Llama holds biases on o and down only together with biases on q, k, v, gate and up: those
@@ -116,35 +171,21 @@ def _stock(
     if not plan.is_uniform or (has_biases and family.name != "llama"):
         return None
     fields = _plain_config(dense.config) | _widths(plan.layers[0])
+    bare = (family.q, family.k, family.v, family.gate, family.up) if has_biases else ()
     if has_biases:
         fields |= {"attention_bias": True, "mlp_bias": True}
-        state = state | _zero_biases(family, state, len(plan.layers))
     try:
         config = getattr(transformers, f"{family.class_prefix}Config")(**fields)
     except (ValueError, StrictDataclassClassValidationError):
         return None  # stock configurations refuse heads that do not divide the hidden size
-    return _built(getattr(transformers, f"{family.class_prefix}ForCausalLM"), config, state)
+    return Blueprint(getattr(transformers, f"{family.class_prefix}ForCausalLM"), config, bare)
 
 
-def _zero_biases(family: Family, state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    zeros = {}
-    for index in range(layers):
-        for role in (family.q, family.k, family.v, family.gate, family.up):
-            name = f"model.layers.{index}.{role}"
-            if f"{name}.bias" not in state:
-                zeros[f"{name}.bias"] = state[f"{name}.weight"].new_zeros(
-                    state[f"{name}.weight"].shape[0]
-                )
-    return zeros
-
-
-def _built(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, state: dict[str, Tensor]
-) -> PreTrainedModel:
+def _built(blueprint: Blueprint, state: dict[str, Tensor]) -> PreTrainedModel:
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        model = model_class(config)
+        model = blueprint.model_class(blueprint.config)
     copies = {
         name: tensor.detach().clone(memory_format=torch.contiguous_format)
         for name, tensor in state.items()

@@ -60,6 +60,7 @@ class RunConfig(Settings):
     seed: Annotated[int, Field(ge=0)] = 0
     dtype: Dtype = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    memory: Literal["whole", "streamed"] = "whole"  # or one decoder layer at a time
     hardware: Annotated[str, Field(min_length=1)] = "laptop-cpu"  # what `plan` reckons with
     trust_remote_code: bool = False
     budget: BudgetSettings = BudgetSettings(parameters=0.7)
@@ -116,6 +117,12 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _streaming_has_what_it_can(self) -> Self:
+        if self.memory == "streamed" and (complaint := unstreamable(self)):
+            raise ValueError(f"{complaint} with memory streamed")
+        return self
+
+    @model_validator(mode="after")
     def _front_is_of_the_kind(self) -> Self:
         targets, kind = self.front.targets, self.budget.kind
         if self.front.pick != "budget" and not targets:
@@ -168,6 +175,27 @@ class RunConfig(Settings):
     def to_yaml(self) -> str:
         """Return the whole tree as YAML; `parse_config` of it gives an equal tree."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def unstreamable(config: RunConfig) -> str | None:
+    """Return the first setting that needs the whole dense model in memory, None where none does."""
+    asks, own = config.search.asks_llm, (None, config.model)
+    drivers = [x.kind for x in config.driver.chain if asks and x.model in own]
+    needs: tuple[tuple[str, object, str, bool], ...] = (
+        ("pruning.statistics", "sequential", "frozen", config.pruning.statistics != "frozen"),
+        ("pruning.calibration", "auto", "all", config.pruning.calibration != "all"),
+        ("data.choices", config.data.choices, "0", config.data.choices > 0),
+        ("evaluation.tasks", len(config.evaluation.tasks), "[]", bool(config.evaluation.tasks)),
+        ("driver.kind", "embedded", "another, or another driver.model", "embedded" in drivers),
+        (
+            "driver.model",
+            None,
+            "a folder or another model",
+            "vllm" in drivers and not Path(config.model).is_dir(),
+        ),
+    )
+    found = (f"{name}: got {got}; allowed: {allowed}" for name, got, allowed, bad in needs if bad)
+    return next(found, None)
 
 
 def load_config(

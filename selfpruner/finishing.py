@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from agent import allocators
 from agent.candidate import Candidate
 from agent.graph import SearchResult
-from pruning.elastic import Prunable
+from pruning.elastic import ElasticModel, Prunable
 from pruning.plan import Plan
 from pruning.refit import refit
-from pruning.slicing import sliced
+from pruning.slicing import sliced, sliced_on_disk
+from pruning.streaming import LayerWriter, layer_tensors, reopened
 from selfpruner import judge
 from selfpruner.fitness import Finished, Fitness
 from selfpruner.progress import Progress
@@ -36,15 +39,54 @@ def finish(
     All are refitted in one pass over the dense model; the refit of each is kept only if it lowers
     the fitness on selection tokens.
     """
-    models = {name: sliced(prunable, plan) for name, plan in plans.items()}
+    models = {name: _sliced(bench, prunable, name, plan) for name, plan in plans.items()}
     if not bench.config.pruning.refit:
         return {name: (model, None) for name, model in models.items()}
 
-    def fitness() -> dict[str, float]:
-        judged = ((name, selection.of(Finished(model))) for name, model in models.items())
-        return {name: mean_fitness(judge, [plans[name]])[0] for name, judge in judged}
+    def fitness(models: Mapping[str, PreTrainedModel]) -> dict[str, float]:
+        rows = bench.config.evaluation.batch_size
+        runs = {name: Finished(model, bench.family, rows) for name, model in models.items()}
+        return {name: mean_fitness(selection.of(x), [plans[name]])[0] for name, x in runs.items()}
 
-    before = fitness()
+    before = fitness(models)
+    refitted = _refitted(bench, prunable, plans, models, progress)
+    after = fitness(refitted)
+    refits = {name: _judged(before[name], after[name]) for name in plans}
+    return {
+        name: (
+            refitted[name] if refits[name].kept else _sliced(bench, prunable, name, plan),
+            refits[name],
+        )
+        for name, plan in plans.items()
+    }
+
+
+def _sliced(bench: Workbench, prunable: Prunable, name: str, plan: Plan) -> PreTrainedModel:
+    """Return the sliced model, streamed if the run is."""
+    if bench.scratch is None:
+        return sliced(prunable, plan)
+    assert isinstance(prunable, ElasticModel)
+    return sliced_on_disk(prunable, plan, bench.scratch / "sliced" / name)
+
+
+def _refitted(
+    bench: Workbench,
+    prunable: Prunable,
+    plans: Mapping[str, Plan],
+    models: Mapping[str, PreTrainedModel],
+    progress: Progress,
+) -> Mapping[str, PreTrainedModel]:
+    """Return the refitted models: the same ones in memory, others where they are streamed."""
+    names, scratch = list(models), bench.scratch
+    writers: list[LayerWriter] = []
+    if scratch is not None:
+        folders = {name: scratch / "refitted" / name for name in names}
+        writers = [LayerWriter(models[name], folders[name]) for name in names]
+
+    def keep(number: int, index: int, layer: nn.Module) -> None:
+        if writers:
+            writers[number].add(layer_tensors(layer, index))
+
     with progress.stage("refit", bench.architecture.layers) as advance:
         refit(
             list(models.values()),
@@ -54,14 +96,14 @@ def finish(
             bench.texts.calibrate,
             target=bench.config.pruning.refit_target,
             batch_size=bench.config.evaluation.batch_size,
+            keep=keep,
             on_layer=lambda _: advance(),
         )
-    after = fitness()
-    refits = {name: _judged(before[name], after[name]) for name in plans}
-    return {
-        name: (models[name] if refits[name].kept else sliced(prunable, plan), refits[name])
-        for name, plan in plans.items()
-    }
+    if scratch is None:
+        return models
+    for writer in writers:
+        writer.close()
+    return {name: reopened(model, folders[name]) for name, model in models.items()}
 
 
 def _judged(before: float, after: float) -> Refit:
@@ -107,7 +149,9 @@ def judged_controls(
         return {
             name: Control(
                 parameters=judge.sizes(model)["parameters"],
-                perplexity=dict(judge.perplexities(model, bench.texts.report, batch_size)),
+                perplexity=dict(
+                    judge.perplexities(model, bench.family, bench.texts.report, batch_size)
+                ),
             )
             for name, (model, _) in finished.items()
         }

@@ -17,6 +17,7 @@ from evaluators.choices import EncodedChoices, choice_margins
 from evaluators.divergence import DenseReference, TopReference, negative_log_likelihood
 from pruning.families import Family
 from pruning.plan import Plan
+from pruning.streaming import final_states, is_streamed
 from selfpruner.latency_table import LatencyTable
 
 TEXT_TERMS = ("kl", "kl_top512", "perplexity")
@@ -34,15 +35,16 @@ class Runs(Protocol):
 class Finished:
     """One model with its own weights, whatever the plan says."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, family: Family, batch_size: int) -> None:
+        self._model, self._family, self._batch_size = model, family, batch_size
 
     @torch.no_grad()
     def hidden_states(
         self, plans: Sequence[Plan], tokens_BT: Tensor
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield the same hidden states for every plan."""
-        hidden = _trunk(self._model, tokens_BT)
+        batches = tokens_BT.split(self._batch_size)
+        hidden = torch.cat(final_states(self._model, self._family, batches))
         yield from ((index, hidden) for index in range(len(plans)))
 
 
@@ -99,8 +101,11 @@ class Fitness:
         """Return the fitness (P, S) of every plan on every sequence asked for."""
         scores = np.zeros((len(plans), len(sequences)))
         if any(name in self._weights for name in TEXT_TERMS):
-            for start in range(0, len(sequences), self._batch_size):
-                chosen = sequences[start : start + self._batch_size]
+            self._refer(sequences)
+            # What is streamed is read once a call: it makes its own micro-batches.
+            step = len(sequences) if is_streamed(self._dense) else self._batch_size
+            for start in range(0, len(sequences), step):
+                chosen = sequences[start : start + step]
                 columns = slice(start, start + len(chosen))
                 for row, hidden in self._runs.hidden_states(plans, self._tokens[list(chosen)]):
                     scores[row, columns] = self._text_terms(chosen, hidden)
@@ -132,17 +137,21 @@ class Fitness:
                     targets = self._tokens[sequence, 1:].to(hidden.device)
                     losses = negative_log_likelihood(hidden, head, targets)
                 else:
-                    losses = self._reference(name, sequence).kl(hidden)
+                    losses = self._references[name, sequence].kl(hidden)
                 total[row] += weight * float(losses.double().mean())
         return total
 
-    def _reference(self, name: str, sequence: int) -> DenseReference | TopReference:
-        key = (name, sequence)
-        if key not in self._references:
-            hidden = _trunk(self._dense, self._tokens[sequence : sequence + 1])[0, :-1]
-            made = DenseReference if name == "kl" else TopReference
-            self._references[key] = made(hidden, self._family.head(self._dense))
-        return self._references[key]
+    def _refer(self, sequences: Sequence[int]) -> None:
+        """Run the dense model on the sequences that no reference is there for yet."""
+        kinds = {"kl": DenseReference, "kl_top512": TopReference}
+        head = self._family.head(self._dense)
+        for name in kinds.keys() & self._weights.keys():
+            new = [x for x in dict.fromkeys(sequences) if (name, x) not in self._references]
+            rows = [self._tokens[x : x + 1] for x in new]
+            for sequence, hidden in zip(
+                new, final_states(self._dense, self._family, rows) if rows else [], strict=True
+            ):
+                self._references[name, sequence] = kinds[name](hidden[0, :-1], head)
 
     def _plan_terms(self, plan: Plan) -> float:
         total = 0.0
@@ -162,11 +171,3 @@ class Fitness:
             return hidden
 
         return choice_margins(trunk, self._family.head(self._dense), self._choices)
-
-
-def _trunk(model: nn.Module, tokens_BT: Tensor) -> Tensor:
-    """Return the normed final hidden states (B, T, D) of a stock or exported model."""
-    trunk = model.get_submodule("model")
-    device = next(trunk.parameters()).device
-    hidden: Tensor = trunk(tokens_BT.to(device), use_cache=False).last_hidden_state
-    return hidden

@@ -1,18 +1,32 @@
-"""One heap for all threads: the graph runs its nodes in a thread, and glibc would give it another.
+"""The heap of glibc: one for all threads, and large blocks beside it.
 
-Memory that one heap has freed is not used again by another, so two of them grow to the sum of
-their peaks: a gigabyte more in the demo.
+The graph runs its nodes in a thread, and glibc would give it a heap of its own. Memory that one
+heap has freed is not used again by another, so two of them grow to the sum of their peaks: a
+gigabyte more in the demo.
+
+Blocks beside the heap go back to the system when they are freed; glibc puts ever larger ones into
+the heap (up to 32 MiB), where they leave gaps. A streamed run frees a layer's tensors all the time.
 """
 
 from __future__ import annotations
 
 import ctypes
 
-_M_ARENA_MAX = -8  # malloc.h of glibc
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # malloc.h of glibc
+_LARGE = 256 * 2**10
 
 
 def share_heap() -> None:
     """Have threads that start from now on allocate where the first does; nothing without glibc."""
+    _set(_M_ARENA_MAX, 1)
+
+
+def return_large_blocks() -> None:
+    """Have blocks of 256 KiB and more go back to the system when freed; nothing without glibc."""
+    _set(_M_MMAP_THRESHOLD, _LARGE)
+
+
+def _set(option: int, value: int) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_ARENA_MAX, 1)
+        mallopt(option, value)

@@ -11,9 +11,12 @@ from agent.drivers.decoding import Row, decode
 from agent.drivers.embedded import stop_tokens
 from evaluators.latency import compare_latency
 from evaluators.memory import parameter_count, weight_bytes
-from evaluators.perplexity import perplexity
+from evaluators.metric import Metric
+from evaluators.perplexity import losses_of, perplexity, perplexity_of
 from evaluators.significance import compare
 from evaluators.tasks import MEAN_METRICS, TaskScore, evaluate_tasks, mean_accuracy
+from pruning.families import Family
+from pruning.streaming import batch_logits, is_streamed, streamed_sizes
 from selfpruner.config import EvaluationSettings
 from selfpruner.progress import Progress
 from selfpruner.results import Difference, QualityNumbers, Sample, SpeedRow, TaskNumbers
@@ -31,13 +34,22 @@ WARMUP = 2
 
 
 def perplexities(
-    model: nn.Module, texts: Mapping[str, Tensor], batch_size: int
+    model: nn.Module, family: Family, texts: Mapping[str, Tensor], batch_size: int
 ) -> dict[str, float]:
     """Return the perplexity of each reported text (windows (n, length))."""
-    return {
-        name: float(perplexity(model, windows, batch_size, name).value)
+    judged = (
+        (name, _streamed_perplexity(model, family, windows.split(batch_size)))
+        if is_streamed(model)
+        else (name, perplexity(model, windows, batch_size, name))
         for name, windows in texts.items()
-    }
+    )
+    return {name: float(metric.value) for name, metric in judged}
+
+
+def _streamed_perplexity(model: nn.Module, family: Family, batches: Sequence[Tensor]) -> Metric:
+    """Return what `perplexity` does, with every layer read once for all batches."""
+    batches = [x.to(family.head(model).device) for x in batches]
+    return perplexity_of(losses_of(batch_logits(model, family, batches), batches))
 
 
 def tasks(
@@ -96,7 +108,9 @@ def difference(
 def speed_rows(
     dense: nn.Module, pruned: nn.Module, settings: EvaluationSettings, seed: int
 ) -> tuple[SpeedRow, ...]:
-    """Return prefill and decode times of both models, interleaved."""
+    """Return prefill and decode times of both models, interleaved; none of streamed ones."""
+    if is_streamed(dense) or is_streamed(pruned):
+        return ()
     asked = settings.speed
     rows = compare_latency(
         {"dense": dense, "pruned": pruned},
@@ -117,7 +131,9 @@ def samples(
     prompts: Sequence[str] = PROMPTS,
     new_tokens: int = 32,
 ) -> tuple[Sample, ...]:
-    """Return greedy continuations of fixed prompts by both models."""
+    """Return greedy continuations of fixed prompts by both models; none by streamed ones."""
+    if is_streamed(dense) or is_streamed(pruned):
+        return ()
     before, after = (continuations(x, tokenizer, prompts, new_tokens) for x in (dense, pruned))
     return tuple(
         Sample(prompt=prompt, dense=one, pruned=other)
@@ -150,5 +166,8 @@ def _task_numbers(name: str, score: TaskScore) -> TaskNumbers:
 
 
 def sizes(model: nn.Module) -> dict[str, int]:
-    """Return parameters (tied weights once) and weight bytes."""
+    """Return parameters (tied weights once) and weight bytes, those on disk too."""
+    if is_streamed(model):
+        parameters, num_bytes = streamed_sizes(model)
+        return {"parameters": parameters, "bytes": num_bytes}
     return {"parameters": parameter_count(model), "bytes": weight_bytes(model)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,12 @@ from pruning.elastic import Prunable
 from pruning.export import export, is_stock
 from pruning.plan import Plan
 from pruning.ranking import order_hash
+from pruning.streaming import reopened
 from selfpruner.arena import Arena
 from selfpruner.config import RunConfig
+from selfpruner.costs.hardware import Precision
+from selfpruner.costs.memory import MemoryModel
+from selfpruner.costs.work import Running
 from selfpruner.data import load_choice_items
 from selfpruner.finishing import (
     best_on_fresh_tokens,
@@ -24,7 +29,7 @@ from selfpruner.finishing import (
     judged_controls,
 )
 from selfpruner.front import front
-from selfpruner.heap import share_heap
+from selfpruner.heap import return_large_blocks, share_heap
 from selfpruner.model_card import model_card
 from selfpruner.overlap import check_items
 from selfpruner.progress import Progress
@@ -52,6 +57,8 @@ def compress(config: RunConfig, folder: RunFolder, progress: Progress) -> Path:
         KeyboardInterrupt: a signal stopped it; the search stops between two steps.
     """
     share_heap()
+    if config.memory == "streamed":
+        return_large_blocks()
     quiet_libraries()
     torch.manual_seed(config.seed)
     check_words_and_drivers(config)
@@ -83,12 +90,14 @@ def compress(config: RunConfig, folder: RunFolder, progress: Progress) -> Path:
     controls = judged_controls(bench, finished, progress)
     del prunable, selection, arena, finished
     pruned = export(model, bench.tokenizer, folder.model, getattr(torch, config.export.dtype))
-    _check_export(pruned, folder.model, bench)
+    pruned = _checked(pruned, folder.model, bench)
+    del model
     outcome = Outcome(selected, found, fitness, refitted, controls, warnings, points)
     results = verdict(bench, pruned, outcome, Ledger(folder.path), progress)
     results.save(folder.results)
     card = model_card(results, is_stock(pruned))
     (folder.model / "README.md").write_text(card, encoding="utf-8")
+    shutil.rmtree(folder.scratch, ignore_errors=True)
     return write_report(folder.path)
 
 
@@ -103,11 +112,20 @@ def _check_disk(bench: Workbench, folder: RunFolder) -> None:
     share = bench.budget.limit / bench.budget.dense if counts_weights else 1.0
     weights = min(share, 1.0) * bench.architecture.block_parameters()
     needed = (weights + bench.architecture.fixed_parameters(True)) * dtype.itemsize
+    if bench.scratch is not None:
+        needed += _scratch_bytes(bench, min(share, 1.0))
     free = shutil.disk_usage(folder.path).free
     if free < needed:
-        raise ValueError(
-            f"{folder}: {free / 1e6:.0f} MB are free, the pruned model needs {needed / 1e6:.0f} MB"
-        )
+        needs = "the pruned model needs" if bench.scratch is None else "a streamed run needs"
+        raise ValueError(f"{folder}: {free / 1e6:.0f} MB are free, {needs} {needed / 1e6:.0f} MB")
+
+
+def _scratch_bytes(bench: Workbench, kept: float) -> float:
+    """Return what the run will keep on disk instead of in memory."""
+    precision: Precision = "float32" if bench.model.dtype.itemsize == 4 else "bfloat16"
+    dense = Running(bench.architecture, precision)
+    models = 1 + len(bench.config.evaluation.controls)
+    return MemoryModel(bench.config, dense, replace(dense, kept=kept), models).scratch()
 
 
 def _check_items(config: RunConfig) -> None:
@@ -155,14 +173,18 @@ def _write_plan(bench: Workbench, prunable: Prunable, plan: Plan, folder: RunFol
     )
 
 
-def _check_export(pruned: PreTrainedModel, folder: Path, bench: Workbench) -> None:
-    """Reload what was exported and compare logits, bit for bit.
+def _checked(pruned: PreTrainedModel, folder: Path, bench: Workbench) -> PreTrainedModel:
+    """Reload what was exported, compare logits, bit for bit, and return it.
 
     Raises:
         RuntimeError: they differ: a defect of this program.
     """
-    reloaded = type(pruned).from_pretrained(folder, dtype=pruned.dtype).to(pruned.device).eval()
+    if bench.scratch is None:
+        reloaded = type(pruned).from_pretrained(folder, dtype=pruned.dtype).to(pruned.device).eval()
+    else:
+        reloaded = reopened(pruned, folder)
     tokens = next(iter(bench.texts.report.values()))[:1].to(pruned.device)
     with torch.no_grad():
         if not torch.equal(reloaded(tokens).logits, pruned(tokens).logits):
             raise RuntimeError(f"{folder}: the exported model differs from the one in memory")
+    return reloaded

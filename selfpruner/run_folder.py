@@ -132,6 +132,11 @@ class RunFolder:
         return self.path / "statistics"
 
     @property
+    def scratch(self) -> Path:
+        """What a streamed run keeps on disk instead of in memory; gone when it has finished."""
+        return self.path / "scratch"
+
+    @property
     def plan(self) -> Path:
         """The plan of the pruned model."""
         return self.path / "plan.json"

@@ -127,7 +127,7 @@ def _quality(
     config, settings = bench.config, bench.config.evaluation
     with progress.stage("perplexity"):
         texts = {
-            label: judge.perplexities(model, bench.texts.report, settings.batch_size)
+            label: judge.perplexities(model, bench.family, bench.texts.report, settings.batch_size)
             for label, model in models.items()
         }
     scores = {

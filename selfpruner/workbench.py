@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -15,10 +17,12 @@ from pruning.budget import Budget
 from pruning.calibration import grown_calibration
 from pruning.elastic import ElasticModel, Prunable
 from pruning.elastic_layer import Recipe
+from pruning.elastic_streamed import StreamedElastic
 from pruning.families import Family, family_of
-from pruning.loading import architecture_of, load
+from pruning.loading import architecture_of, load, load_streamed
 from pruning.plan import Grid, Plan
 from pruning.sequential import SequentialModel
+from pruning.spool import Spool
 from selfpruner.config import RunConfig
 from selfpruner.data import TextData, load_texts
 from selfpruner.latency_table import LatencyTable
@@ -35,7 +39,8 @@ class Workbench:
     """What every later stage of a run works on.
 
     `table` is there where a speedup is the budget or latency is part of the fitness: the grid then
-    has no level that is predicted to take as long as a wider one.
+    has no level that is predicted to take as long as a wider one. `scratch` is the folder of
+    everything that is streamed, None where all is in memory.
     """
 
     config: RunConfig
@@ -47,6 +52,7 @@ class Workbench:
     budget: Budget
     texts: TextData
     table: LatencyTable | None = None
+    scratch: Path | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -85,17 +91,19 @@ def prepare(config: RunConfig, progress: Progress, folder: RunFolder | None = No
     """Return the loaded workbench.
 
     The configuration, the family and the budget are checked before any weight is loaded; a budget
-    of time needs the model. A run in `folder` that was begun keeps the latency table it began with.
+    of time needs the model. A run in `folder` that was begun keeps the latency table it began with;
+    what is streamed goes there, too.
 
     Raises:
         ValueError: what is asked for cannot be had; one line.
     """
+    scratch = _scratch(config, folder)
     with progress.stage("load"):
         architecture = architecture_of(config.model, trust_remote_code=config.trust_remote_code)
         grid = grid_of(config, architecture)
         if config.budget.kind != "speedup":
             budget_of(config, architecture, grid)
-        model, tokenizer = load(
+        model, tokenizer = (load if scratch is None else load_streamed)(
             config.model,
             resolved_dtype(config),
             resolved_device(config),
@@ -109,7 +117,23 @@ def prepare(config: RunConfig, progress: Progress, folder: RunFolder | None = No
         table = stored_table(folder) or known_table(model, grid, config.workload, detail, progress)
         grid = table.worthwhile(grid)
     budget = budget_of(config, architecture, grid, table)
-    return Workbench(config, model, tokenizer, family, architecture, grid, budget, texts, table)
+    return Workbench(
+        config, model, tokenizer, family, architecture, grid, budget, texts, table, scratch
+    )
+
+
+def _scratch(config: RunConfig, folder: RunFolder | None) -> Path | None:
+    """Return the folder for what is streamed, empty; None where nothing is.
+
+    Raises:
+        ValueError: there is no place for it.
+    """
+    if config.memory == "whole":
+        return None
+    if folder is None:
+        raise ValueError("memory: got 'streamed'; allowed for this command: whole")
+    shutil.rmtree(folder.scratch, ignore_errors=True)
+    return folder.scratch
 
 
 def grid_of(config: RunConfig, architecture: Architecture) -> Grid:
@@ -181,9 +205,15 @@ def _ranked(bench: Workbench, progress: Progress) -> ElasticModel:
             return ElasticModel.of(
                 *dense, grown.statistics, bench.recipe, on_layer=lambda _: advance()
             )
-        return ElasticModel.rank(
-            *dense, tokens, bench.recipe, batch_size=batch_size, on_layer=lambda _: advance()
+        ranked = ElasticModel.rank(
+            *dense,
+            tokens,
+            bench.recipe,
+            batch_size=batch_size,
+            spool=None if bench.scratch is None else Spool(bench.scratch / "cuts"),
+            on_layer=lambda _: advance(),
         )
+    return ranked if bench.scratch is None else StreamedElastic(ranked, batch_size)
 
 
 def quiet_libraries() -> None:

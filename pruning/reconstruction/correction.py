@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pruning.reconstruction.damping import centred, damped_factor
+from pruning.spool import Keep, held
 from pruning.statistics import BlockStatistics
 
 Reconstruction = Literal["none", "bias", "least_squares"]
@@ -34,17 +35,16 @@ class Correction(Protocol):
 class NoCorrection:
     """The surviving columns as they are."""
 
-    def __init__(self, weight_ON: Tensor, statistics: BlockStatistics) -> None:
-        self.weight = weight_ON
-        self._moments = statistics.gram
+    def __init__(self, weight_ON: Tensor, statistics: BlockStatistics, keep: Keep = held) -> None:
+        self._kept = keep({"weight": weight_ON, "moments": statistics.gram})
 
     def cut(self, kept: int) -> tuple[Tensor, Tensor | None]:
         """Return the first `kept` columns and no bias."""
-        return self.weight[:, :kept], None
+        return self._kept["weight"][:, :kept], None
 
     def errors(self) -> Tensor:
         """Return tr(W_r H_rr W_r') for the removed suffix r of every cut."""
-        return _suffix_energy(self.weight, self._moments)
+        return _suffix_energy(self._kept["weight"], self._kept["moments"])
 
 
 class BiasCorrection:
@@ -53,18 +53,18 @@ class BiasCorrection:
     FLAP (arXiv 2312.11983, eq. 7): b = sum over removed j of E[x_j] W_:,j.
     """
 
-    def __init__(self, weight_ON: Tensor, statistics: BlockStatistics) -> None:
-        self.weight = weight_ON
-        self._mean = statistics.mean.to(weight_ON)
-        self._moments = centred(statistics)
+    def __init__(self, weight_ON: Tensor, statistics: BlockStatistics, keep: Keep = held) -> None:
+        moments, mean = centred(statistics), statistics.mean.to(weight_ON)
+        self._kept = keep({"weight": weight_ON, "mean": mean, "moments": moments})
 
     def cut(self, kept: int) -> tuple[Tensor, Tensor | None]:
         """Return the first `kept` columns and the mean output of the others."""
-        return self.weight[:, :kept], self.weight[:, kept:] @ self._mean[kept:]
+        weight, mean = self._kept["weight"], self._kept["mean"]
+        return weight[:, :kept], weight[:, kept:] @ mean[kept:]
 
     def errors(self) -> Tensor:
         """Return tr(W_r C_rr W_r') with the covariance C of the removed suffix r."""
-        return _suffix_energy(self.weight, self._moments)
+        return _suffix_energy(self._kept["weight"], self._kept["moments"])
 
 
 class LeastSquaresCorrection:
@@ -76,44 +76,55 @@ class LeastSquaresCorrection:
     bias W mu - W_k mu_k restores the mean. lambda = `ridge` times the mean diagonal of C.
     """
 
-    def __init__(self, weight_ON: Tensor, statistics: BlockStatistics, ridge: float) -> None:
+    def __init__(
+        self, weight_ON: Tensor, statistics: BlockStatistics, ridge: float, keep: Keep = held
+    ) -> None:
         factor = damped_factor(statistics, ridge)
         product = weight_ON.double() @ factor
-        self.weight = weight_ON
-        self._mean = statistics.mean.to(weight_ON)
-        self._mean_output = weight_ON @ self._mean
-        self._factor = factor.to(weight_ON.dtype)
-        self._product = product.to(weight_ON.dtype)
-        self._errors = _suffix_sums(product.square().sum(0))
+        mean = statistics.mean.to(weight_ON)
+        self._kept = keep(
+            {
+                "weight": weight_ON,
+                "mean": mean,
+                "mean_output": weight_ON @ mean,
+                "factor": factor.to(weight_ON.dtype),
+                "product": product.to(weight_ON.dtype),
+                "errors": _suffix_sums(product.square().sum(0)),
+            }
+        )
 
     def cut(self, kept: int) -> tuple[Tensor, Tensor]:
         """Return the ridge solution on the first `kept` channels, and its bias."""
-        if kept == self.weight.shape[1]:
-            return self.weight, torch.zeros_like(self._mean_output)
+        mean, mean_output = self._kept["mean"], self._kept["mean_output"]
+        if kept == len(mean):
+            return self._kept["weight"], torch.zeros_like(mean_output)
+        factor, product = self._kept["factor"], self._kept["product"]
         weight = torch.linalg.solve_triangular(
-            self._factor[:kept, :kept], self._product[:, :kept], upper=False, left=False
+            factor[:kept, :kept], product[:, :kept], upper=False, left=False
         )
-        return weight, self._mean_output - weight @ self._mean[:kept]
+        return weight, mean_output - weight @ mean[:kept]
 
     def errors(self) -> Tensor:
         """Return the damped residual of every cut: the energy of the columns of M beyond k."""
-        return self._errors
+        return self._kept["errors"]
 
 
 def correction(
-    name: str, weight_ON: Tensor, statistics: BlockStatistics, ridge: float
+    name: str, weight_ON: Tensor, statistics: BlockStatistics, ridge: float, keep: Keep = held
 ) -> Correction:
     """Return the correction by name for a weight (O, N) in float32 or float64, in rank order.
+
+    `keep` is where its tensors go, and what gives them back at each cut.
 
     Raises:
         ValueError: no correction of that name.
     """
     if name == "none":
-        return NoCorrection(weight_ON, statistics)
+        return NoCorrection(weight_ON, statistics, keep)
     if name == "bias":
-        return BiasCorrection(weight_ON, statistics)
+        return BiasCorrection(weight_ON, statistics, keep)
     if name == "least_squares":
-        return LeastSquaresCorrection(weight_ON, statistics, ridge)
+        return LeastSquaresCorrection(weight_ON, statistics, ridge, keep)
     raise ValueError(f"pruning.reconstruction: got {name!r}, allowed none, bias, least_squares")
 
 

@@ -26,7 +26,7 @@ class StageCost:
         name: of the stage.
         seconds: wall time.
         memory: bytes on the device at the peak.
-        streamed: the same if the corrections of one layer at a time were held (not built).
+        streamed: the same with `memory: streamed`, which times nothing and scores no task.
         devices_needed: devices of this kind that would hold the peak.
         tokens: that pass through a model.
         llm_tokens: prompts and replies of the LLM.
@@ -53,6 +53,7 @@ class CostEstimate:
         parameters_dense, parameters_pruned: of the whole model.
         weight_bytes: of the dense model in the precision of the run.
         export_bytes: of the exported weights.
+        scratch_bytes: that a streamed run keeps on disk until it has finished.
         evaluations: full ones of the search.
         llm_calls: of the search.
         stages: in order.
@@ -64,6 +65,7 @@ class CostEstimate:
     parameters_pruned: int
     weight_bytes: float
     export_bytes: float
+    scratch_bytes: float
     evaluations: int
     llm_calls: int
     stages: tuple[StageCost, ...]
@@ -106,6 +108,7 @@ class CostEstimate:
             "parameters": {"dense": self.parameters_dense, "pruned": self.parameters_pruned},
             "weight_bytes": self.weight_bytes,
             "export_bytes": self.export_bytes,
+            "scratch_bytes": self.scratch_bytes,
             "evaluations": self.evaluations,
             "llm_calls": self.llm_calls,
             "stages": [_stage_json(stage) for stage in self.stages],
@@ -135,7 +138,11 @@ def estimate_costs(config: RunConfig, hardware: Hardware) -> CostEstimate:
     kept = min(1.0, budget.limit / budget.dense)
     precision = precision_of(config.dtype, fast_bfloat16=hardware.has_fast_bfloat16)
     llm = asking(config, grid, budget, architecture.layers)
-    run = RunStages(config, architecture, precision, kept, llm, hardware.start_seconds)
+    run, streamed = (
+        RunStages(x, architecture, precision, kept, llm, hardware.start_seconds)
+        for x in (config, config.model_copy(update={"memory": "streamed"}))
+    )
+    peaks = {stage.name: stage.memory for stage in streamed.all()}
     fixed = architecture.fixed_parameters(settings.reconstruction != "none")
     return CostEstimate(
         model=config.model,
@@ -144,9 +151,10 @@ def estimate_costs(config: RunConfig, hardware: Hardware) -> CostEstimate:
         parameters_pruned=round(kept * architecture.block_parameters()) + fixed,
         weight_bytes=run.dense.weight_bytes,
         export_bytes=run.export_bytes,
+        scratch_bytes=run.memory.scratch(),
         evaluations=run.evaluations,
         llm_calls=llm.calls,
-        stages=tuple(_cost(stage, hardware, architecture.layers) for stage in run.all()),
+        stages=tuple(_cost(x, peaks.get(x.name, Memory()), hardware) for x in run.all()),
     )
 
 
@@ -166,14 +174,14 @@ def _budget(config: RunConfig, architecture: Architecture, grid: Grid) -> Budget
     )
 
 
-def _cost(stage: Stage, hardware: Hardware, layers: int) -> StageCost:
+def _cost(stage: Stage, streamed: Memory, hardware: Hardware) -> StageCost:
     seconds = sum(work.seconds(hardware) for work in stage.works)
     rent = seconds / 3600 * hardware.price.hour * hardware.devices
     return StageCost(
         name=stage.name,
         seconds=seconds,
         memory=stage.memory,
-        streamed=stage.memory.streamed(layers),
+        streamed=streamed,
         devices_needed=devices_needed(stage.memory.total, hardware),
         tokens=round(stage.tokens),
         llm_tokens=stage.llm_tokens,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pruning.architecture import Architecture
 from selfpruner.config import RunConfig
 from selfpruner.costs.hardware import Precision
+from selfpruner.costs.judging import reported_tokens
 from selfpruner.costs.surgery import Shapes
 from selfpruner.costs.work import BYTES, Running
 
@@ -49,10 +50,6 @@ class Memory:
         held = self.weights + self.pruned + self.copies + self.corrections
         return held + self.statistics + self.streams + self.working
 
-    def streamed(self, layers: int) -> Memory:
-        """Return what would be held if the corrections of one layer at a time were (not built)."""
-        return replace(self, copies=self.copies / layers, corrections=self.corrections / layers)
-
 
 @dataclass(frozen=True)
 class MemoryModel:
@@ -71,7 +68,16 @@ class MemoryModel:
 
     def load(self) -> Memory:
         """Return the dense weights alone."""
-        return Memory(weights=self.dense.weight_bytes)
+        return self._placed(Memory(weights=self.dense.weight_bytes))
+
+    def scratch(self) -> float:
+        """Return what a streamed run keeps on disk: what cuts are made from, and sliced models."""
+        return self._elastic.copies + self._elastic.corrections + self.finished
+
+    @property
+    def finished(self) -> float:
+        """Bytes of all sliced models of a streamed run, before and after the refit."""
+        return self.models * (2 if self.config.pruning.refit else 1) * self.pruned.weight_bytes
 
     def calibrate(self) -> Memory:
         """Return the peak at the last layer: everything that is kept is there already.
@@ -92,12 +98,13 @@ class MemoryModel:
         if settings.calibration == "auto":
             statistics += shapes.over_layers(lambda _, x: 8 * x * x)
         tokens = self.config.data.calibrate.tokens
-        return replace(
+        held = replace(
             self._elastic,
             statistics=statistics,
             streams=2 * self._stream(tokens),
             working=self._activations(self.config.data.length, float32=True),
         )
+        return self._placed(held)
 
     def score(self) -> Memory:
         """Return the peak while plans are scored: references of all search and selection tokens."""
@@ -106,11 +113,12 @@ class MemoryModel:
         k = round(self.pruned.kept * shapes.mlp)
         solve = 8.0 * shapes.outputs * k + 4.0 * k * k if self._corrects else 0.0
         references = 4.0 * (data.search.tokens + data.select.tokens) * shapes.outputs
-        return replace(
+        held = replace(
             self._ranked,
-            streams=references,
+            streams=references + self._generation,
             working=cached + solve + self._activations(data.length),
         )
+        return self._placed(held)
 
     def refit(self) -> Memory:
         """Return the peak while all sliced models are refitted in one pass.
@@ -122,33 +130,72 @@ class MemoryModel:
         tokens, shapes = self.config.data.calibrate.tokens, self._shapes
         k = round(self.pruned.kept * shapes.mlp)
         width = BYTES[self.dense.precision]
-        return replace(
+        held = replace(
             self._ranked,
             pruned=self.models * self.pruned.weight_bytes,
             statistics=44.0 * k * k + 44.0 * shapes.outputs * k,
             streams=(3 + self.models + 1) * self._stream(tokens) + width * tokens * k,
             working=self._activations(self.config.data.length, float32=True),
         )
+        return self._placed(held)
 
     def controls(self) -> Memory:
         """Return the peak while the controls are judged: nothing of the refit is freed yet."""
-        return replace(
+        held = replace(
             self._ranked,
             pruned=self.models * self.pruned.weight_bytes,
+            streams=self._reported,
             working=self._judging,
         )
+        return self._placed(held)
 
     def judge(self) -> Memory:
         """Return the peak of the dense and the exported model side by side."""
-        return Memory(
+        held = Memory(
             weights=self.dense.weight_bytes,
             pruned=self.pruned.weight_bytes,
+            streams=self._reported,
             working=self._judging,
         )
+        return self._placed(held)
 
     def export(self) -> Memory:
         """Return the peak of writing a model and reading it back beside itself."""
-        return Memory(weights=self.dense.weight_bytes, pruned=2 * self.pruned.weight_bytes)
+        both = 2 * self.pruned.weight_bytes
+        return self._placed(Memory(weights=self.dense.weight_bytes, pruned=both))
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether one layer at a time is in memory."""
+        return self.config.memory == "streamed"
+
+    def _placed(self, held: Memory) -> Memory:
+        """Return what of it is in memory: all, or what belongs to one layer of each model."""
+        if not self.is_streamed:
+            return held
+        layers = self._architecture.layers
+        return replace(
+            held,
+            weights=held.weights * _share(self.dense),
+            pruned=held.pruned * _share(self.pruned),
+            copies=held.copies / layers,
+            corrections=held.corrections / layers,
+        )
+
+    @property
+    def _generation(self) -> float:
+        """Hidden states of plans that advance together through a streamed model."""
+        data, search = self.config.data, self.config.search
+        if not self.is_streamed:
+            return 0.0
+        plans = max(search.population * data.search.tokens, search.finalists * data.select.tokens)
+        return self._stream(plans)
+
+    @property
+    def _reported(self) -> float:
+        """Hidden states of a reported text, all of it together in a streamed model."""
+        tokens = [tokens for tokens, _ in reported_tokens(self.config.data)]
+        return self._stream(max(tokens, default=0)) if self.is_streamed else 0.0
 
     @property
     def _architecture(self) -> Architecture:
@@ -203,6 +250,12 @@ class MemoryModel:
         tokens = self.config.evaluation.batch_size * length
         inner = 3 * model.mlp + 4 * model.hidden + 2 * model.heads * model.head_dim
         return float(tokens * (width * inner + (8 * model.mlp if float32 else 0)))
+
+
+def _share(model: Running) -> float:
+    """Return the share of a model's weights that lies outside its layers or in one of them."""
+    outer = model.weight_bytes - model.block_bytes
+    return (outer + model.block_bytes / model.architecture.layers) / model.weight_bytes
 
 
 def precision_of(dtype: str, *, fast_bfloat16: bool) -> Precision:

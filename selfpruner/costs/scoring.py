@@ -56,14 +56,18 @@ class Scoring:
         """Return the triangular solves of least-squares cuts.
 
         Where the cuts of one plan fit the cache, a level is solved once; where they do not, every
-        cut of a plan is solved anew for every micro-batch.
+        cut of a plan is solved anew for every micro-batch; where memory is streamed, for every
+        round of a race.
         """
         settings, shapes = self.config.pruning, Shapes.of(self.dense.architecture)
         if settings.reconstruction != "least_squares" or settings.statistics == "sequential":
             return []
         width = BYTES[self.dense.precision]
         held = shapes.over_layers(lambda o, n: width * o * n, self.pruned.kept)
-        if held <= CACHE_BYTES:
+        if self.config.memory == "streamed":
+            racing = self.config.search.racing
+            made = count * (1 if racing.is_off else len(racing.rounds))
+        elif held <= CACHE_BYTES:
             step = settings.step or Alignment.of(settings.target).step
             made = min(count, math.ceil(self.dense.architecture.mlp / step))
         else:

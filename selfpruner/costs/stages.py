@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -86,7 +87,7 @@ class RunStages:
 
     def calibrate(self) -> Stage:
         """Return the dense pass over the calibration tokens with its Gram matrices."""
-        works = self._calibration(self.dense)
+        works = (*self._calibration(self.dense), *self._read(self._cuts))
         return Stage("calibrate", works, self.memory.calibrate(), self._calibration_tokens)
 
     def rank(self) -> Stage:
@@ -109,6 +110,7 @@ class RunStages:
             *self.scoring.scores(count, self._scored_tokens),
         ]
         works += self.scoring.cuts(count, self._scored_tokens)
+        works += self._read(self._walks(count) * self._cuts + self.dense.weight_bytes)
         items = self.config.data.choices
         looked = (count if self.config.fitness.get("accuracy") else 0) + self.llm.generations + 1
         if items:
@@ -144,6 +146,7 @@ class RunStages:
             *self.scoring.cuts(count, self._scored_tokens),
         ]
         works += self.scoring.scores(1, select)
+        works += self._read((self._walks(count) + len(targets)) * self._cuts)
         return Stage(
             "front", tuple(works), self.memory.score(), count * self._scored_tokens + select
         )
@@ -154,6 +157,7 @@ class RunStages:
         scored = min(self.config.search.finalists, self.evaluations)
         scored += 2 * self.models if self.config.pruning.refit else 0
         works = [*self.scoring.references(fresh), *self.scoring.scores(scored, fresh)]
+        works += self._read(self._cuts + self.dense.weight_bytes + self.memory.finished)
         return Stage("select", tuple(works), self.memory.score(), scored * fresh)
 
     def refit(self) -> Stage:
@@ -168,6 +172,7 @@ class RunStages:
             self._blocks(self.dense, tokens),
             *(times(self._blocks(self.pruned, tokens), 4 / 3) for _ in range(self.models)),
             *surgery.refit(self._shapes, [self.kept] * self.models, tokens),
+            *self._read(self.dense.weight_bytes + 3 * self.models * self.pruned.weight_bytes),
         ]
         read = (1 + self.models) * tokens
         return Stage("refit", tuple(works), self.memory.refit(), read)
@@ -199,6 +204,8 @@ class RunStages:
     def speed(self) -> Stage:
         """Return timing of both models and the continuations in the report."""
         settings, works = self.config.evaluation, list[Work]()
+        if self.memory.is_streamed:
+            return Stage("speed", (), Memory())
         for model in (self.dense, self.pruned):
             works += judging.timing(model, settings)
             works.append(model.steps(_SAMPLE_TOKENS, _SAMPLES))
@@ -281,6 +288,21 @@ class RunStages:
     @property
     def _reported(self) -> int:
         return sum(tokens for tokens, _ in judging.reported_tokens(self.config.data))
+
+    @property
+    def _cuts(self) -> float:
+        """Bytes that the cuts of a streamed run are made from."""
+        return self.memory.scratch() - self.memory.finished
+
+    def _walks(self, count: int) -> int:
+        """Return how often plans go through all layers: once a generation and round of a race."""
+        search = self.config.search
+        rounds = 1 if search.racing.is_off else len(search.racing.rounds)
+        return math.ceil(count / search.population) * rounds
+
+    def _read(self, size: float) -> tuple[Work, ...]:
+        """Return bytes that a streamed run reads from disk or writes there."""
+        return (Work(disk=size),) if self.memory.is_streamed else ()
 
     def _whole(self, tokens: int) -> int:
         length = self.config.data.length

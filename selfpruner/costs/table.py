@@ -20,7 +20,8 @@ ASSUMPTIONS = (
     "shorten nothing, and the split of a model over them is not built.",
     "From the calibration to the end of the refit the corrections of every layer are held, "
     "4 N² + 8 O N bytes for an output projection (O, N), without least squares 4 N² + 4 O N; Gram "
-    "matrices are those of one layer at a time.",
+    "matrices are those of one layer at a time. With memory: streamed they are on disk, as the "
+    "weights are, and read from there each time that plans go through the layers.",
     "Every evaluation counts in full. Cuts of a plan that fit the cache of 512 MiB are solved once "
     "a level, others for every plan and micro-batch. Branches that plans share and the limits of "
     "the search on calls, tokens, money and time are left out.",
@@ -67,7 +68,6 @@ def notes(found: CostEstimate) -> list[str]:
     if not large:
         return []
     peak = max(large, key=lambda stage: stage.memory.total)
-    streamed = max(found.stages, key=lambda stage: stage.streamed.total).streamed.total
     enough = peak.devices_needed <= machine.devices
     verdict = f", the {machine.devices} asked for are {'enough' if enough else 'too few'}"
     return [
@@ -77,8 +77,18 @@ def notes(found: CostEstimate) -> list[str]:
         f"{peak.devices_needed} such devices would hold it if the model were split over them (not "
         f"built){verdict if machine.devices > 1 else ''}; or one with "
         f"{math.ceil(peak.memory.total / 2**30 + machine.reserved_gib)} GiB.",
-        f"If the corrections of one layer at a time were held (not built), the peak would be "
-        f"{size(streamed)}: devices needed {devices_needed(streamed, machine)}.",
+        *_advice(found),
+    ]
+
+
+def _advice(found: CostEstimate) -> list[str]:
+    """Return what streaming would come to, where it is not what was asked about."""
+    streamed = max(stage.streamed.total for stage in found.stages)
+    if streamed >= found.peak.memory.total:
+        return []
+    return [
+        f"With memory: streamed the peak would be {size(streamed)}: devices needed "
+        f"{devices_needed(streamed, found.hardware)}; {size(found.scratch_bytes)} on disk."
     ]
 
 

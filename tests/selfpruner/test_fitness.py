@@ -135,7 +135,7 @@ def test_finished_models_are_scored_as_plans_are(elastic: ElasticModel) -> None:
     fitness = _fitness(elastic, {"kl": 1.0, "perplexity": 0.5})
     assert fitness.num_sequences == 5
     expected = fitness(PLANS[:1], range(5))
-    finished = fitness.of(Finished(sliced(elastic, PLANS[0])))
+    finished = fitness.of(Finished(sliced(elastic, PLANS[0]), elastic.family, 2))
     found = finished([PLANS[0], DENSE], range(5))
     assert np.allclose(found[0], expected[0], rtol=0, atol=1e-7)
     assert np.array_equal(found[0], found[1])

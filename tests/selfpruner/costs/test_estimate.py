@@ -136,6 +136,23 @@ def test_devices_hold_more_cost_more_and_shorten_nothing(estimated: Estimating) 
     assert "(not built), the 4 asked for are enough; or one with 188 GiB." in notes(four)[1]
 
 
+STREAMED = ("memory=streamed", "data.choices=0", "evaluation.tasks=[]", "search.allocator=cma")
+
+
+def test_streamed_a_70b_model_fits_one_device_and_pays_with_reading(
+    estimated: Estimating,
+) -> None:
+    whole = estimated(*STREAMED[1:], config="llama2_70b_49b", hardware="h200")
+    streamed = estimated(*STREAMED, config="llama2_70b_49b", hardware="h200")
+    assert whole.peak.devices_needed > 1
+    assert streamed.peak.devices_needed == 1
+    assert f"{streamed.peak.memory.total / 1e9:.1f} GB" in notes(whole)[2]
+    assert not notes(streamed)
+    assert seconds(streamed, "select") > seconds(whole, "select")
+    assert [x.name for x in streamed.stages] == [x.name for x in whole.stages if x.name != "speed"]
+    assert streamed.scratch_bytes > whole.weight_bytes
+
+
 def test_money_is_rent_and_what_the_endpoint_charges(estimated: Estimating) -> None:
     free = estimated("driver.kind=api", "driver.base_url=http://host/v1", hardware="h200")
     paid = estimated(

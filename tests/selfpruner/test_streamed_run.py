@@ -1,0 +1,142 @@
+"""A streamed run, end to end, beside the same run in memory: the same files, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from selfpruner import finishing, pipeline
+from selfpruner.config import RunConfig, load_config
+from selfpruner.progress import Progress
+from selfpruner.results import Results
+from selfpruner.run_folder import RunFolder
+
+COMMON = ("evaluation.tasks=[]", "evaluation.speed.repeats=1", "evaluation.speed.new_tokens=1")
+
+
+def _config(tiny_run: Path, memory: str, *settings: str) -> RunConfig:
+    return load_config(tiny_run, settings=[*COMMON, *settings, f"memory={memory}"])
+
+
+def _run(config: RunConfig, path: Path) -> RunFolder:
+    folder = RunFolder.create(path, config)
+    with Progress() as progress:
+        pipeline.compress(config, folder, progress)
+    return folder
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def _scores(folder: RunFolder) -> list[Any]:
+    rows = map(json.loads, folder.candidates.read_text().splitlines())
+    return [(x["id"], x["key"], x["scores"]) for x in rows]
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+def folders(
+    tiny_run: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[RunFolder, RunFolder]:
+    """Return the folders of the run in memory and of the streamed one."""
+    path = tmp_path_factory.mktemp("runs")
+    settings = [f"dtype={request.param}", "fitness={kl: 1.0, perplexity: 0.5}"]
+    whole, streamed = (
+        _run(_config(tiny_run, memory, *settings), path / memory)
+        for memory in ("whole", "streamed")
+    )
+    return whole, streamed
+
+
+def test_search_and_ranking_are_the_same(folders: tuple[RunFolder, RunFolder]) -> None:
+    whole, streamed = folders
+    assert len(_scores(whole)) == 6
+    assert _scores(whole) == _scores(streamed)
+    for name in ("plan.json", "statistics/errors.json", "statistics/order.json"):
+        assert (whole / name).read_bytes() == (streamed / name).read_bytes()
+
+
+def test_the_exported_models_are_the_same(folders: tuple[RunFolder, RunFolder]) -> None:
+    one, other = (_tensors(folder.model) for folder in folders)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert {x.dtype for x in other.values()} == {torch.bfloat16}
+    for name in ("config.json", "modeling_pruned.py", "tokenizer.json"):
+        assert (folders[0].model / name).read_bytes() == (folders[1].model / name).read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(folders[1].model, trust_remote_code=True)
+    assert (
+        sum(x.numel() for x in model.parameters()) == _results(folders[1]).model.parameters_pruned
+    )
+
+
+def test_the_reports_say_the_same(folders: tuple[RunFolder, RunFolder]) -> None:
+    one, other = (_results(folder) for folder in folders)
+    assert one.quality == other.quality
+    assert (one.model, one.memory, one.refit, one.controls) == (
+        other.model,
+        other.memory,
+        other.refit,
+        other.controls,
+    )
+    assert other.controls.keys() == {"uniform", "uniform_mlp"}
+    assert other.refit is not None
+    assert not other.speed.rows
+    assert not other.samples
+    assert folders[1].report.is_file()
+
+
+def test_nothing_is_left_of_the_scratch_folder(folders: tuple[RunFolder, RunFolder]) -> None:
+    assert not folders[1].scratch.exists()
+
+
+def _results(folder: RunFolder) -> Results:
+    return Results.load(folder.results)
+
+
+@pytest.mark.parametrize("refits", [True, False])
+def test_no_model_is_ever_whole_in_memory(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refits: bool
+) -> None:
+    """Whoever loads or slices in memory fails; also where the refit is not kept, or off."""
+
+    def refuse(*_args: object, **_options: object) -> None:
+        raise AssertionError("a whole model")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", refuse)
+    monkeypatch.setattr(finishing, "sliced", refuse)
+    worse = finishing.Refit(kept=False, before=1.0, after=2.0)
+    monkeypatch.setattr(finishing, "_judged", lambda *_: worse)
+    config = _config(tiny_run, "streamed", f"pruning.refit={json.dumps(refits)}")
+    folder = _run(config, tmp_path / "run")
+    assert _results(folder).refit == (worse if refits else None)
+
+
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [
+        ("pruning.statistics=sequential", "pruning.statistics: got sequential; allowed: frozen"),
+        ("pruning.calibration=auto", "pruning.calibration: got auto; allowed: all"),
+        ("data.choices=4", "data.choices: got 4; allowed: 0"),
+        ("evaluation.tasks=[piqa]", "evaluation.tasks: got 1; allowed: []"),
+        ("search.allocator=llm", "driver.kind: got embedded; allowed: another"),
+    ],
+)
+def test_what_needs_the_whole_model_is_refused(
+    tiny_run: Path, setting: str, complaint: str
+) -> None:
+    with pytest.raises(ValueError, match="memory streamed") as refusal:
+        _config(tiny_run, "streamed", setting)
+    assert complaint in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    _config(tiny_run, "whole", setting)
