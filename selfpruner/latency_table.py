@@ -22,6 +22,8 @@ Phase = Literal["decode", "prefill"]
 Curve = tuple[tuple[int, float], ...]
 Floats = NDArray[np.float64]
 
+_LEAST_SHARE = 0.01  # of the dense time: what a plan is predicted to take at least
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -121,13 +123,16 @@ class LatencyTable:
         return float(self.base + blocks)
 
     def milliseconds(self, plan: Plan) -> float:
-        """Return the predicted time of `plan`."""
-        return self.offset + self.slope * self.sum(plan)
+        """Return the predicted time of `plan`, never below a hundredth of the dense model's.
+
+        What is measured on a busy machine may add up to less than nothing for small plans.
+        """
+        return max(self._predicted(plan), _LEAST_SHARE * self.dense_milliseconds)
 
     @cached_property
     def dense_milliseconds(self) -> float:
         """The predicted time of the dense model."""
-        return self.milliseconds(Plan((self.dense,) * self.layers))
+        return self._predicted(Plan((self.dense,) * self.layers))
 
     def speedup(self, plan: Plan) -> float:
         """Return the predicted time of the dense model over that of `plan`."""
@@ -164,6 +169,9 @@ class LatencyTable:
         }
         parts = {"workload": Workload(**data["workload"]), "dense": LayerPlan(**data["dense"])}
         return cls(**{**data, **curves, **parts})
+
+    def _predicted(self, plan: Plan) -> float:
+        return self.offset + self.slope * self.sum(plan)
 
     def _fields(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}

@@ -141,3 +141,12 @@ def test_rising_is_the_nearest_rising_curve(values: list[float]) -> None:
         assert distance <= np.square(other - values).sum() + 1e-6
     if values == sorted(values):
         assert found.tolist() == pytest.approx(values)
+
+
+def test_a_table_of_a_busy_machine_predicts_no_time_below_zero() -> None:
+    """Both smallest models happened to be timed at a tenth of the dense one."""
+    table = table_of(attention={1: 10.0, 4: 100.0}, mlp={8: 10.0, 64: 100.0})
+    smallest = GRID.plan([(0, 0)] * LAYERS)
+    assert table.sum(smallest) < 0
+    assert table.milliseconds(smallest) == pytest.approx(1.0)
+    assert table.speedup(smallest) == pytest.approx(100)
