@@ -24,7 +24,7 @@ venv: $(STAMP)  ## create .venv and fill it (PYTHON=python3.11 chooses the inter
 $(STAMP): pyproject.toml constraints.txt requirements-nodeps.txt
 	$(check-python)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[cluster,dev]'
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps -r requirements-nodeps.txt
 	@touch $@
 

@@ -15,6 +15,7 @@ from selfpruner.data import load_choice_items
 from selfpruner.fitness import Fitness
 from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
+from selfpruner.sharing import SharedFitness
 from selfpruner.speed_model import SpeedModel, fit_speed
 from selfpruner.workbench import Workbench, rank
 
@@ -27,7 +28,7 @@ class Arena:
         bench: the dense model and its texts.
         prunable: the model that runs as any plan.
         errors: cut errors `[layer][block][level]`.
-        score: fitness on the search tokens.
+        score: fitness on the search tokens, here or by workers.
         selection: the same fitness on the selection tokens.
         speed: predicted speed.
     """
@@ -35,7 +36,7 @@ class Arena:
     bench: Workbench
     prunable: Prunable
     errors: Sensitivity
-    score: Fitness
+    score: Fitness | SharedFitness
     selection: Fitness
     speed: SpeedModel
 

@@ -14,7 +14,6 @@ from pruning.elastic import Prunable
 from pruning.export import export, is_stock
 from pruning.plan import Plan
 from pruning.ranking import order_hash
-from selfpruner.arena import Arena
 from selfpruner.config import RunConfig
 from selfpruner.data import load_choice_items
 from selfpruner.finishing import best_on_fresh_tokens, control_plans, finish, judged_controls
@@ -24,10 +23,12 @@ from selfpruner.model_card import model_card
 from selfpruner.overlap import check_items
 from selfpruner.progress import Progress
 from selfpruner.report import write_report
+from selfpruner.resident import opened_arena
 from selfpruner.run_folder import RunFolder
 from selfpruner.searching import check_words_and_drivers, search
 from selfpruner.verdict import Outcome, verdict
 from selfpruner.workbench import Workbench, prepare, quiet_libraries
+from selfpruner.workforce import Workforce
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,8 +37,12 @@ if TYPE_CHECKING:
 _FOUND = "found"
 
 
-def compress(config: RunConfig, folder: RunFolder, progress: Progress) -> Path:
+def compress(
+    config: RunConfig, folder: RunFolder, progress: Progress, workforce: Workforce | None = None
+) -> Path:
     """Run every stage and return the path of the report; a search begun in `folder` goes on.
+
+    The plans of the search are scored by `workforce`, None for this process alone.
 
     Raises:
         ValueError: what is asked for cannot be had; one line.
@@ -52,12 +57,11 @@ def compress(config: RunConfig, folder: RunFolder, progress: Progress) -> Path:
     bench = prepare(config, progress)
     _check_disk(bench, folder)
     _check_items(config)
-    arena = Arena.open(bench, folder, progress)
-    found = search(arena, config, folder, progress)
-    prunable, selection = arena.prunable, arena.selection
-    selected, fitness = best_on_fresh_tokens(found, selection)
-    best = selected.plan
-    points = front(arena, found, folder, progress) if config.front.targets else ()
+    with opened_arena(bench, folder, progress, workforce or Workforce()) as arena:
+        found = search(arena, config, folder, progress)
+        selected, fitness = best_on_fresh_tokens(found, arena.selection)
+        points = front(arena, found, folder, progress) if config.front.targets else ()
+    prunable, selection, best = arena.prunable, arena.selection, selected.plan
     _write_plan(bench, prunable, best, folder)
     plans, warnings = control_plans(bench)
     finished = finish(bench, prunable, {_FOUND: best, **plans}, selection, progress)

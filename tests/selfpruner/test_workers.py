@@ -40,7 +40,9 @@ def test_a_worker_that_dies_loses_only_its_cell(tmp_path: Path) -> None:
 
     cells, told = [{"n": n} for n in range(5)], []
     path = tmp_path / "rows.jsonl"
-    rows = finish_cells(path, cells, lambda x: in_workers(x, Processes(square_or_die, 2), told.append))
+    rows = finish_cells(
+        path, cells, lambda x: in_workers(x, Processes(square_or_die, 2), told.append)
+    )
     assert [x["cell"]["n"] for x in rows] == [0, 2, 3, 4]
     assert len(told) == 1
     assert "lost: its worker died in {'n': 1}" in told[0]
@@ -79,7 +81,11 @@ def test_a_signal_stops_all_workers_cleanly(tmp_path: Path) -> None:
     thread.start()
     started, told = time.monotonic(), []
     with pytest.raises(KeyboardInterrupt):
-        list(in_workers([{"folder": str(tmp_path)}] * 4, Processes(wait_for_a_signal, 2), told.append))
+        list(
+            in_workers(
+                [{"folder": str(tmp_path)}] * 4, Processes(wait_for_a_signal, 2), told.append
+            )
+        )
     thread.join()
     assert sorted(x.name for x in tmp_path.glob("stopped-*")) == ["stopped-0", "stopped-1"]
     assert len(list(tmp_path.glob("begun-*"))) == 2
