@@ -31,6 +31,8 @@ Needs = dict[str, int]
 def connected(address: str) -> Iterator[None]:
     """Be connected to a cluster for the block; `local` is one that ends with it.
 
+    A process that is connected already stays so, to the same cluster.
+
     Raises:
         ValueError: Ray is not installed, or does not answer at `address`; one line.
     """
@@ -38,6 +40,9 @@ def connected(address: str) -> Iterator[None]:
         raise ValueError("--workers: ray is not installed; pip install -e '.[cluster]' brings it")
     import ray
 
+    if ray.is_initialized():
+        yield
+        return
     handler = signal.getsignal(signal.SIGTERM)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:

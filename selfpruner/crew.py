@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Protocol, TypeVar
 
 Task = TypeVar("Task")
-TaskIn = TypeVar("TaskIn", contravariant=True)
+Task_contra = TypeVar("Task_contra", contravariant=True)
 Result = TypeVar("Result")
 Work = Callable[[int, Task], Result]
 
@@ -17,14 +17,14 @@ class LostError(Exception):
     """A worker died over its task."""
 
 
-class Crew(Protocol[TaskIn, Result]):
+class Crew(Protocol[Task_contra, Result]):
     """Workers, numbered from 0; each has at most one task at a time."""
 
     @property
     def size(self) -> int:
         """How many there are."""
 
-    def submit(self, number: int, task: TaskIn) -> Future[Result]:
+    def submit(self, number: int, task: Task_contra) -> Future[Result]:
         """Hand a task to a worker that has none; what came of it is for `outcome` to say."""
 
     def outcome(self, future: Future[Result]) -> Result:
