@@ -190,6 +190,7 @@ class Actors(_Ray[Task, Result]):
         """Return those that begin in time; the others are given up."""
         asked = {actor.ready.remote(): actor for actor in actors}
         there, missing = self._ray.wait(list(asked), num_returns=len(asked), timeout=_PATIENCE)
+        self._check(there)
         for reference in missing:
             self._ray.kill(asked[reference])
         if not there:
@@ -198,6 +199,19 @@ class Actors(_Ray[Task, Result]):
                 "busy?"
             )
         return [asked[reference] for reference in there]
+
+    def _check(self, there: list[Any]) -> None:
+        """Refuse a cluster where a worker began and failed."""
+        from ray import exceptions
+
+        try:
+            self._ray.get(there)
+        except exceptions.RayActorError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise ValueError(
+                f"--workers: a worker could not begin ({reason}); is this project installed on "
+                "every node?"
+            ) from error
 
 
 class Tasks(_Ray[Task, Result]):

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -20,11 +20,13 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from agent.graph import SearchResult
 from pruning.plan import Plan
 from selfpruner import cluster
 from selfpruner.arena import Arena
+from selfpruner.cli import main
 from selfpruner.config import load_config
 from selfpruner.experiment import run_experiment
 from selfpruner.fitness import Fitness
@@ -45,8 +47,9 @@ TWO = Workforce(address=cluster.LOCAL, asked_threads=1)
 @pytest.fixture(scope="module", autouse=True)
 def _two_places() -> Iterator[None]:
     """Have one cluster for all tests here: Ray takes seconds to start."""
-    here = str(Path(__file__).parent)
-    sys.path.insert(0, here)  # Ray gives its workers the path of this process
+    here, path = str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")
+    sys.path.insert(0, here)
+    os.environ["PYTHONPATH"] = f"{here}{os.pathsep}{path}"  # what the workers will have
     handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
     torch.set_num_threads(1)
     ray.init(
@@ -62,6 +65,7 @@ def _two_places() -> Iterator[None]:
     ray.shutdown()
     torch.set_num_threads(threads)
     sys.path.remove(here)
+    os.environ["PYTHONPATH"] = path
 
 
 @pytest.fixture(scope="module")
@@ -103,28 +107,35 @@ def test_a_killed_worker_costs_its_batch_and_no_more(
     _wait_for(lambda: not any(psutil.pid_exists(x) for x in left))
 
 
-def _search(tiny_run: Path, path: Path, workforce: Workforce) -> tuple[SearchResult, list[Any]]:
-    """Return the outcome of a search and its ledger without what a clock has measured."""
-    settings = ["search.evaluations=30", "search.population=6", "data.search.tokens=128"]
+def _search(
+    tiny_run: Path, path: Path, workforce: Workforce, *settings: str
+) -> tuple[SearchResult, list[Any]]:
+    """Return the outcome of a search and its ledger."""
     config = load_config(tiny_run, settings=settings)
     folder, progress = RunFolder.create(path, config), Progress(StringIO())
     bench = prepare(config, progress)
     with opened_arena(bench, folder, progress, workforce) as opened:
         assert isinstance(opened.score, Fitness) == workforce.is_alone
         found = search(opened, config, folder, progress)
-    lines = [json.loads(x) for x in folder.candidates.read_text().splitlines()]
-    return found, [{k: v for k, v in x.items() if k not in ("seconds", "speedup")} for x in lines]
+    return found, _ledger(path)
+
+
+def _ledger(folder: Path) -> list[Any]:
+    """Return the lines of a run's ledger without what a clock has measured."""
+    lines = map(json.loads, (folder / "candidates.jsonl").read_text().splitlines())
+    return [{k: v for k, v in x.items() if k not in ("seconds", "speedup")} for x in lines]
 
 
 def test_a_search_is_the_same_on_no_one_and_two_workers(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone, ledger = _search(tiny_run, tmp_path / "alone", Workforce(asked_threads=1))
+    settings = ("search.evaluations=30", "search.population=6", "data.search.tokens=128")
+    alone, ledger = _search(tiny_run, tmp_path / "alone", Workforce(asked_threads=1), *settings)
     assert len(ledger) > 10
-    two, its = _search(tiny_run, tmp_path / "two", TWO)
+    two, its = _search(tiny_run, tmp_path / "two", TWO, *settings)
     assert its == ledger
     monkeypatch.setattr(cluster, "places", lambda *_: 1)
-    one, its = _search(tiny_run, tmp_path / "one", TWO)
+    one, its = _search(tiny_run, tmp_path / "one", TWO, *settings)
     assert its == ledger
     assert one.best.plan == two.best.plan == alone.best.plan
 
@@ -170,66 +181,50 @@ def test_an_interrupt_reaches_the_cells(tmp_path: Path) -> None:
     assert told == ["stopping the workers after their step; once more stops them at once"]
 
 
-def test_signals_end_the_actors_and_a_resumed_run_ends_as_one_that_was_not_stopped(
+def test_a_signal_ends_the_actors_and_a_resumed_run_ends_as_one_that_was_not_stopped(
     tiny_run: Path, tmp_path: Path
 ) -> None:
-    settings = [
-        "search.evaluations=300",
-        "search.population=6",
+    short = (
         "pruning.refit=false",
         "evaluation.tasks=[]",
         "evaluation.controls=[]",
         "evaluation.speed={batch: 1, prompt_tokens: 8, new_tokens: 2, repeats: 1}",
-    ]
-    options = [word for x in settings for word in ("--set", x)]
-    stopped, alone = tmp_path / "stopped", tmp_path / "alone"
-    first = ["compress", str(tiny_run), *options, "--out", str(stopped)]
-    _stop(stopped, 1, [*first, "--workers", "ray", "--threads", "1"], signal.SIGINT)
-    lines = len((stopped / "candidates.jsonl").read_text().splitlines())
-    again = ["resume", str(stopped), "--workers", "ray", "--threads", "1"]
-    _stop(stopped, lines + 1, again, signal.SIGTERM)
-    for arguments in (
-        ["resume", str(stopped), "--threads", "1"],
-        ["compress", str(tiny_run), *options, "--out", str(alone), "--threads", "1"],
-    ):
-        subprocess.run([sys.executable, "-m", "selfpruner.cli", *arguments], check=True)
-
-    def ledger(folder: Path) -> list[Any]:
-        rows = map(json.loads, (folder / "candidates.jsonl").read_text().splitlines())
-        return [{k: v for k, v in x.items() if k not in ("seconds", "speedup")} for x in rows]
-
-    assert ledger(stopped) == ledger(alone)
-    assert (stopped / "report.html").is_file()
-
-
-def _stop(folder: Path, lines: int, arguments: list[str], number: signal.Signals) -> None:
-    """Run the command, send its group a signal once the ledger has so many lines, see it end."""
-    command = [sys.executable, "-m", "selfpruner.cli", *arguments]
-    process = subprocess.Popen(
-        command, start_new_session=True, stderr=subprocess.PIPE, text=True, preexec_fn=_listen
     )
-    ledger = folder / "candidates.jsonl"
+    settings = ["search.evaluations=150", "search.population=6", *short]
+    options = [word for x in settings for word in ("--set", x)]
+    stopped, on_ray = tmp_path / "stopped", ("--workers", "ray", "--threads", "1")
+    _stop(stopped, ["compress", str(tiny_run), *options, "--out", str(stopped), *on_ray])
+    begun = len((stopped / "candidates.jsonl").read_text().splitlines())
+    resumed = CliRunner().invoke(main, ["resume", str(stopped), *on_ray], catch_exceptions=False)
+    assert resumed.exit_code == 0, resumed.output
+    assert f"resumed: {begun} plans are scored already" in resumed.stderr
+    assert (stopped / "report.html").is_file()
+    _, ledger = _search(tiny_run, tmp_path / "alone", Workforce(asked_threads=1), *settings)
+    assert len(ledger) > begun
+    assert _ledger(stopped) == ledger
 
-    def reached() -> bool:
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        return ledger.exists() and len(ledger.read_text().splitlines()) >= lines
 
-    _wait_for(reached)
+def _stop(folder: Path, arguments: list[str]) -> None:
+    """Run the command, send its group SIGTERM once it has scored plans, and see it end."""
+    command = [sys.executable, "-m", "selfpruner.cli", *arguments]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+
+    def has_scored() -> bool:
+        assert process.poll() is None, "the command ended before it was stopped"
+        ledger = folder / "candidates.jsonl"
+        return ledger.exists() and bool(ledger.read_text())
+
+    _wait_for(has_scored)
     children = psutil.Process(process.pid).children(recursive=True)
     assert any("_Actor" in " ".join(x.cmdline()) for x in children)
-    os.killpg(process.pid, number)
+    os.killpg(process.pid, signal.SIGTERM)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, said
+    assert process.returncode == 128 + signal.SIGTERM, said
     assert f"`selfpruner resume {folder}` goes on" in said
     _wait_for(lambda: not any(x.is_running() and x.status() != "zombie" for x in children))
 
 
-def _listen() -> None:
-    """Let SIGINT interrupt: a job that a shell put in the background began with it ignored."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _wait_for(condition: Any, seconds: float = 120) -> None:
+def _wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "waited too long"

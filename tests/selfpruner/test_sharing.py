@@ -22,7 +22,6 @@ from selfpruner.resident import Post, opened_arena, score_block
 from selfpruner.run_folder import RunFolder
 from selfpruner.sharing import SharedFitness
 from selfpruner.workbench import prepare
-from selfpruner.workers import Processes
 from selfpruner.workforce import Workforce, threads_set
 
 PLANS = st.lists(st.integers(1, 3), min_size=3, max_size=3).map(
@@ -113,7 +112,7 @@ def test_a_worker_that_ranks_otherwise_is_refused(opened: tuple[Arena, RunFolder
     with Workforce(2).residents(work, False, print) as crew:
         assert isinstance(arena.score, Fitness)
         shared = SharedFitness(arena.score, crew, 2, print)
-        with pytest.raises(ValueError, match="the ranking came out as .*, the run began with 0"):
+        with pytest.raises(ValueError, match=r"the ranking came out as .*, the run began with 0"):
             shared(plans_of(arena, 2), [0])
 
 
@@ -134,12 +133,6 @@ def test_one_process_alone_scores_itself(opened: tuple[Arena, RunFolder]) -> Non
     arena, folder = opened
     with opened_arena(arena.bench, folder, Progress(StringIO()), Workforce()) as found:
         assert isinstance(found.score, Fitness)
-
-
-def test_processes_that_are_not_asked_for_do_not_start() -> None:
-    crew: Processes[int, int] = Processes(lambda _, x: x, 3)
-    assert (crew.size, crew.running) == (3, [])
-    crew.close()
 
 
 @pytest.fixture
