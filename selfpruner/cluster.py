@@ -53,11 +53,13 @@ def connected(address: str) -> Iterator[None]:
         else:
             ray.init(address, **quiet)
     except (ConnectionError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if address == LOCAL:
+            raise ValueError(f"--workers: Ray could not start here ({reason})") from error
         raise ValueError(
             f"--workers: no Ray cluster answers at {address} ({reason}); where it asks for a "
             "token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
-        ) from None
+        ) from error
     finally:
         _put_back(handler)
     try:

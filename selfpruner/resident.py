@@ -89,6 +89,7 @@ def opened_arena(
         on_gpus = resolved_device(bench.config) == "cuda"
         with workforce.residents(partial(score_block, post), on_gpus, progress.note) as crew:
             _open_all(crew, progress)
+            progress.note(f"workers: {crew.size}, threads in each: {post.threads}")
             batch_size = bench.config.evaluation.batch_size
             score = SharedFitness(arena.score, crew, batch_size, progress.note)
             yield replace(arena, score=score)

@@ -210,7 +210,7 @@ def _stop(folder: Path, arguments: list[str]) -> None:
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
 
     def has_scored() -> bool:
-        assert process.poll() is None, "the command ended before it was stopped"
+        assert process.poll() is None, process.communicate()[1]
         ledger = folder / "candidates.jsonl"
         return ledger.exists() and bool(ledger.read_text())
 
