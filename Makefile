@@ -9,7 +9,7 @@ PIP_ARGS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-vllm demo demo-vllm test soak bench-cost bench-search bench-backend bench-speed lint clean
+.PHONY: help venv venv-vllm demo demo-vllm test soak bench-cost bench-search bench-backend bench-cluster bench-speed lint clean
 
 define check-python
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -24,7 +24,7 @@ venv: $(STAMP)  ## create .venv and fill it (PYTHON=python3.11 chooses the inter
 $(STAMP): pyproject.toml constraints.txt requirements-nodeps.txt
 	$(check-python)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[cluster,dev]'
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps -r requirements-nodeps.txt
 	@touch $@
 
@@ -67,6 +67,9 @@ bench-search: $(STAMP)  ## every allocator at equal evaluations, five seeds, two
 
 bench-backend: $(STAMP)  ## recipes side by side (ARGS='--data-root DIR' for C4 and WikiText-2)
 	$(BIN)/python -m benchmarks.recipes $(ARGS)
+
+bench-cluster: $(STAMP)  ## two Ray workers beside two independent processes (5 minutes)
+	$(BIN)/python -m benchmarks.cluster $(ARGS)
 
 bench-speed: $(STAMP)  ## LLaMA-2-70B shapes on one GPU (ARGS='--device cpu --scale small' without)
 	$(BIN)/python -m benchmarks.speed_70b $(ARGS)

@@ -19,6 +19,7 @@ from selfpruner.experiment import run_experiment
 from selfpruner.experiment_study import Study
 from selfpruner.experiment_table import table
 from selfpruner.progress import Progress
+from selfpruner.workforce import Workforce
 
 FILE = CONFIGS / "experiments" / "search.yaml"
 RESULTS = Path(__file__).parent / "results" / "search.jsonl"
@@ -33,9 +34,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    study = run_experiment(
-        FILE, FOLDER, RESULTS, Progress(), workers=options.workers, threads=options.threads
-    )
+    workforce = Workforce(options.workers, asked_threads=options.threads)
+    study = run_experiment(FILE, FOLDER, RESULTS, Progress(), workforce=workforce)
     default = _default()
     print(table(study))
     for budget in dict.fromkeys(x["cell"]["budget"] for x in study.rows):

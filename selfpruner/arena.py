@@ -18,6 +18,7 @@ from selfpruner.latency_table import LatencyTable
 from selfpruner.profiling import Detail, known_table, store_table, stored_table
 from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
+from selfpruner.sharing import SharedFitness
 from selfpruner.workbench import Workbench, rank
 
 
@@ -29,7 +30,7 @@ class Arena:
         bench: the dense model and its texts.
         prunable: the model that runs as any plan.
         errors: cut errors `[layer][block][level]`.
-        score: fitness on the search tokens.
+        score: fitness on the search tokens, here or by workers.
         selection: the same fitness on the selection tokens.
         speed: predicted times.
     """
@@ -37,7 +38,7 @@ class Arena:
     bench: Workbench
     prunable: Prunable
     errors: Sensitivity
-    score: Fitness
+    score: Fitness | SharedFitness
     selection: Fitness
     speed: LatencyTable
 

@@ -17,6 +17,7 @@ from selfpruner.stopping import TerminatedError
 if TYPE_CHECKING:
     from selfpruner.config import RunConfig
     from selfpruner.run_folder import RunFolder
+    from selfpruner.workforce import Workforce
 
 main = typer.Typer(
     help="Compress a pretrained LLM by structured pruning that an LLM drives.",
@@ -32,6 +33,18 @@ _Trust = Annotated[
         "--trust-remote-code",
         help="Run the modelling file that lies beside the weights; exported models bring one.",
     ),
+]
+
+_Workers = Annotated[
+    str,
+    typer.Option(
+        metavar="N|ray|ray://HOST:PORT",
+        help="Processes here, a Ray cluster that the command starts, or one that is there.",
+    ),
+]
+_Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="Of each worker; the cores shared out by default."),
 ]
 
 _HOUSE = Path(__file__).resolve().parents[1]
@@ -96,38 +109,47 @@ def compress(
         typer.Option(help="Plan of the front to finish: budget, knee, fastest or most-accurate."),
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Evaluate on whole task sets.")] = False,
+    workers: _Workers = "1",
+    threads: _Threads = None,
 ) -> None:
     """Prune a model to a budget, export it and report accuracy and speed."""
     folder = out or Path("runs") / config.stem
     with _plain_errors(folder):
         from selfpruner.config import load_config
         from selfpruner.run_folder import RunFolder
+        from selfpruner.workforce import Workforce
 
         settings = list(setting or []) + (["evaluation.samples=null"] if full else [])
         settings += [f"front.pick={pick}"] if pick is not None else []
         run = load_config(config, model=model, budget=budget, settings=settings)
+        workforce = Workforce.parse(workers, threads)
         run_folder = RunFolder.create(folder, run, replace=replace)
-        _run(run, run_folder)
+        _run(run, run_folder, workforce)
 
 
 @main.command()
 def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that was stopped.")],
+    *,
+    workers: _Workers = "1",
+    threads: _Threads = None,
 ) -> None:
     """Go on with a run that was stopped or killed; nothing that was paid for is lost."""
     with _plain_errors(run):
         from selfpruner.config import parse_config
         from selfpruner.run_folder import RunFolder
+        from selfpruner.workforce import Workforce
 
+        workforce = Workforce.parse(workers, threads)
         folder = RunFolder.open(run)
         if folder.results.is_file() and folder.report.is_file():
             typer.echo(f"finished already; report: {folder.report}")
             return
         text = folder.config.read_text(encoding="utf-8")
-        _run(parse_config(text, str(folder.config)), folder)
+        _run(parse_config(text, str(folder.config)), folder, workforce)
 
 
-def _run(config: RunConfig, folder: RunFolder) -> None:
+def _run(config: RunConfig, folder: RunFolder, workforce: Workforce) -> None:
     """Run the pipeline in `folder` and name the report."""
     from selfpruner import pipeline
     from selfpruner.progress import Progress
@@ -136,7 +158,7 @@ def _run(config: RunConfig, folder: RunFolder) -> None:
     with folder.locked(), terminable():
         try:
             with Progress() as progress:
-                report_file = pipeline.compress(config, folder, progress)
+                report_file = pipeline.compress(config, folder, progress, workforce)
         except (ValueError, OSError):
             folder.remove_if_unused()
             raise
@@ -341,12 +363,8 @@ def experiment(
         Path | None,
         typer.Option(help="File of finished cells; benchmarks/results/CONFIG.jsonl."),
     ] = None,
-    workers: Annotated[
-        int, typer.Option(min=1, help="Cells at a time, each in a process with its own model.")
-    ] = 1,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Of each worker; the cores shared out by default.")
-    ] = None,
+    workers: _Workers = "1",
+    threads: _Threads = None,
 ) -> None:
     """Compare ways of proposing plans over seeds; finished cells are never run twice."""
     folder = out or Path("runs") / "experiments" / config.stem
@@ -354,12 +372,12 @@ def experiment(
         from selfpruner import experiment as study
         from selfpruner.experiment_table import table
         from selfpruner.progress import Progress
+        from selfpruner.workforce import Workforce
 
+        workforce = Workforce.parse(workers, threads)
         file = results or Path("benchmarks") / "results" / f"{config.stem}.jsonl"
         with Progress() as progress:
-            found = study.run_experiment(
-                config, folder, file, progress, workers=workers, threads=threads
-            )
+            found = study.run_experiment(config, folder, file, progress, workforce=workforce)
         typer.echo(table(found))
         typer.echo(f"\npage: {folder / 'experiment.html'}")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -23,6 +22,7 @@ from prompts.library import load_strategy
 from selfpruner.arena import Arena
 from selfpruner.cells import Cell, Figures, Outcomes, finish_cells, run_cells
 from selfpruner.config import RunConfig
+from selfpruner.crew import Work
 from selfpruner.experiment_config import Experiment, load_experiment
 from selfpruner.experiment_page import write_experiment_page
 from selfpruner.experiment_study import Study
@@ -32,8 +32,9 @@ from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
 from selfpruner.searching import check_words_and_drivers, search
 from selfpruner.stopping import terminable
-from selfpruner.workbench import prepare, quiet_libraries
-from selfpruner.workers import Work, in_workers
+from selfpruner.workbench import prepare, quiet_libraries, resolved_device
+from selfpruner.workers import in_workers, take_device
+from selfpruner.workforce import Workforce
 
 
 def run_experiment(
@@ -42,8 +43,7 @@ def run_experiment(
     results: Path,
     progress: Progress,
     *,
-    workers: int = 1,
-    threads: int | None = None,
+    workforce: Workforce | None = None,
 ) -> Study:
     """Run the cells that are not in `results` yet; return what all that are finished say.
 
@@ -56,24 +56,25 @@ def run_experiment(
         folder: of its searches.
         results: file of finished cells.
         progress: what the user sees; a worker writes to `worker-N.log` in the folder.
-        workers: cells at a time, each in a process with its own model; 1: in this process.
-        threads: of torch in each; None: the cores shared out, or torch's choice for one worker.
+        workforce: cells at a time, each in a process with its own model; None: in this process.
 
     Raises:
         ValueError: what is asked for cannot be had, or no cell was finished; one line.
         KeyboardInterrupt: a signal asked for a stop.
     """
-    plan = load_experiment(path)
+    plan, workforce = load_experiment(path), workforce or Workforce()
     for run in plan.runs.values():
         check_words_and_drivers(run)
     cells = cells_of(plan)
     with terminable(), _goes_on(progress):
-        if workers == 1:
-            rows = run_cells(results, cells, _Searches(plan, folder, progress, threads))
+        if workforce.is_alone:
+            searches = _Searches(plan, folder, progress, workforce.threads)
+            rows = run_cells(results, cells, searches)
         else:
-            share = threads or max(1, (os.cpu_count() or 1) // workers)
-            work = partial(_in_worker, path.resolve(), folder.resolve(), share)
-            rows = finish_cells(results, cells, partial(_outcomes, work, workers, progress))
+            work = partial(_in_worker, path.resolve(), folder.resolve(), workforce.threads)
+            on_gpus = resolved_device(plan.base) == "cuda"
+            outcomes = partial(_outcomes, work, workforce, on_gpus, progress)
+            rows = finish_cells(results, cells, outcomes)
     if not rows:
         raise ValueError(f"{path}: no cell was finished; the logs in {folder} say why")
     study = Study(plan.name, rows, plan.roles, plan.placebos, plan.config.control, len(cells))
@@ -167,11 +168,20 @@ class _Searches:
         return self._arenas[path / name]
 
 
-def _outcomes(work: Work, workers: int, progress: Progress, cells: list[Cell]) -> Outcomes:
+def _outcomes(
+    work: Work[Cell, Figures],
+    workforce: Workforce,
+    on_gpus: bool,
+    progress: Progress,
+    cells: list[Cell],
+) -> Outcomes:
     """Yield the outcomes of the workers and show them."""
+    if not cells:
+        return
     with (
+        workforce.for_cells(work, on_gpus) as crew,
         progress.stage("cells", len(cells)) as advance,
-        closing(in_workers(cells, work, workers, progress.note)) as outcomes,
+        closing(in_workers(cells, crew, progress.note)) as outcomes,
     ):
         for cell, figures in outcomes:
             advance()
@@ -183,27 +193,17 @@ def _named(cell: Cell) -> str:
     return "cell: {model}, {budget}, {arm}, seed {seed}".format_map(cell)
 
 
-def _in_worker(path: Path, folder: Path, threads: int, number: int, cell: Cell) -> Figures:
+def _in_worker(path: Path, folder: Path, threads: int | None, number: int, cell: Cell) -> Figures:
     return _worker(path, folder, threads, number)(cell)
 
 
 @cache
-def _worker(path: Path, folder: Path, threads: int, number: int) -> _Searches:
+def _worker(path: Path, folder: Path, threads: int | None, number: int) -> _Searches:
     """Return what runs the cells of this worker process, on a GPU of its own where there are."""
-    devices = visible_devices()
-    if devices:
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
+    take_device(number)
     folder.mkdir(parents=True, exist_ok=True)
     log = (folder / f"worker-{number}.log").open("a", encoding="utf-8", buffering=1)
     return _Searches(load_experiment(path), folder, Progress(log), threads)
-
-
-def visible_devices() -> list[str]:
-    """Return the names of the GPUs that this process may use."""
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is not None:
-        return [x for x in listed.split(",") if x]
-    return [str(index) for index in range(torch.cuda.device_count())]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pruning.refit import refit
 from pruning.slicing import sliced, sliced_on_disk
 from pruning.streaming import LayerWriter, layer_tensors, reopened
 from selfpruner import judge
-from selfpruner.fitness import Finished, Fitness
+from selfpruner.fitness import Finished, Fitness, Judge
 from selfpruner.progress import Progress
 from selfpruner.results import Control, Refit
 from selfpruner.workbench import Workbench
@@ -117,7 +117,7 @@ def best_on_fresh_tokens(found: SearchResult, selection: Fitness) -> tuple[Candi
     return found.finalists[index], fitness
 
 
-def mean_fitness(fitness: Fitness, plans: Sequence[Plan]) -> list[float]:
+def mean_fitness(fitness: Judge, plans: Sequence[Plan]) -> list[float]:
     """Return the mean fitness of each plan over all sequences."""
     return [float(row.mean()) for row in fitness(plans, range(fitness.num_sequences))]
 

@@ -32,6 +32,17 @@ class Runs(Protocol):
         """Yield `(plan index, normed final hidden states (B, T, D))` in any order."""
 
 
+class Judge(Protocol):
+    """A fitness on a fixed number of sequences, wherever it is computed."""
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences there are."""
+
+    def __call__(self, plans: Sequence[Plan], sequences: Sequence[int]) -> NDArray[np.float64]:
+        """Return the fitness (P, S) of every plan on every sequence asked for."""
+
+
 class Finished:
     """One model with its own weights, whatever the plan says."""
 

@@ -16,7 +16,6 @@ from pruning.export import export, is_stock
 from pruning.plan import Plan
 from pruning.ranking import order_hash
 from pruning.streaming import reopened
-from selfpruner.arena import Arena
 from selfpruner.config import RunConfig
 from selfpruner.costs.hardware import Precision
 from selfpruner.costs.memory import MemoryModel
@@ -34,11 +33,13 @@ from selfpruner.model_card import model_card
 from selfpruner.overlap import check_items
 from selfpruner.progress import Progress
 from selfpruner.report import write_report
+from selfpruner.resident import opened_arena
 from selfpruner.results import FrontPoint
 from selfpruner.run_folder import RunFolder
 from selfpruner.searching import check_words_and_drivers, search
 from selfpruner.verdict import Outcome, verdict
 from selfpruner.workbench import Workbench, prepare, quiet_libraries
+from selfpruner.workforce import Workforce
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,8 +48,12 @@ if TYPE_CHECKING:
 _FOUND = "found"
 
 
-def compress(config: RunConfig, folder: RunFolder, progress: Progress) -> Path:
+def compress(
+    config: RunConfig, folder: RunFolder, progress: Progress, workforce: Workforce | None = None
+) -> Path:
     """Run every stage and return the path of the report; a search begun in `folder` goes on.
+
+    The plans of the search are scored by `workforce`, None for this process alone.
 
     Raises:
         ValueError: what is asked for cannot be had; one line.
@@ -65,18 +70,18 @@ def compress(config: RunConfig, folder: RunFolder, progress: Progress) -> Path:
     bench = prepare(config, progress, folder)
     _check_disk(bench, folder)
     _check_items(config)
-    arena = Arena.open(bench, folder, progress)
-    found = search(arena, config, folder, progress)
-    prunable, selection = arena.prunable, arena.selection
-    selected, fitness = best_on_fresh_tokens(found, selection)
-    points: tuple[FrontPoint, ...] = ()
-    if config.front.targets:
-        made = front(arena, found, (selected, fitness), folder, progress)
-        points = made.points
-        stop = made.picked(config.front.pick, config.budget.target)
-        selected, fitness = stop.selected, stop.fitness
-        bench = bench.within(stop.arena.bench.budget)
-        del made, stop
+    with opened_arena(bench, folder, progress, workforce or Workforce()) as arena:
+        found = search(arena, config, folder, progress)
+        prunable, selection = arena.prunable, arena.selection
+        selected, fitness = best_on_fresh_tokens(found, selection)
+        points: tuple[FrontPoint, ...] = ()
+        if config.front.targets:
+            made = front(arena, found, (selected, fitness), folder, progress)
+            points = made.points
+            stop = made.picked(config.front.pick, config.budget.target)
+            selected, fitness = stop.selected, stop.fitness
+            bench = bench.within(stop.arena.bench.budget)
+            del made, stop
     best = selected.plan
     _write_plan(bench, prunable, best, folder)
     plans, warnings = control_plans(bench)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 CACHE_VARIABLE = "SELFPRUNER_CACHE"
 _METHOD = 1  # of a change in how times are taken: tables of another one are measured anew
 _SMALLEST_SIZE, _SPREAD = 0.2, 0.2
-_TABLE = "latency.json"
+TABLE = "latency.json"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Detail:
 
 def stored_table(folder: RunFolder | None) -> LatencyTable | None:
     """Return the table that the run in `folder` began with, None where it has none yet."""
-    name = None if folder is None else f"{folder.statistics.name}/{_TABLE}"
+    name = None if folder is None else f"{folder.statistics.name}/{TABLE}"
     if folder is None or name is None or not (folder / name).is_file():
         return None
     return LatencyTable.from_json(folder.read_json(name))
@@ -77,7 +77,7 @@ def stored_table(folder: RunFolder | None) -> LatencyTable | None:
 def store_table(table: LatencyTable, folder: RunFolder) -> None:
     """Write the table that the run in `folder` means from now on."""
     folder.statistics.mkdir(exist_ok=True)
-    folder.write_json(f"{folder.statistics.name}/{_TABLE}", table.to_json())
+    folder.write_json(f"{folder.statistics.name}/{TABLE}", table.to_json())
 
 
 def known_table(

@@ -6,85 +6,134 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from multiprocessing.process import BaseProcess
+from typing import Generic
 
-from selfpruner.cells import Cell, Figures, Outcomes
-
-Work = Callable[[int, Cell], Figures]
+from selfpruner.crew import Crew, LostError, Result, Task, Work, outcomes
 
 
 def in_workers(
-    cells: Sequence[Cell], work: Work, workers: int, tell: Callable[[str], None]
-) -> Outcomes:
-    """Yield the cells with their figures as they are done, `workers` of them at a time.
+    cells: Sequence[Task], crew: Crew[Task, Result], tell: Callable[[str], None]
+) -> Generator[tuple[Task, Result], None, None]:
+    """Yield the cells with their figures as they are done; the crew is closed at the end.
 
-    Every worker is a pool of one spawned process, so that one that dies takes no other along: its
-    cell is left out and told, and a new process takes its place. A stop by a signal, or an error
-    in a cell, is passed on to all as one SIGINT, which a search answers by draining; a second one
-    kills them.
-
-    Args:
-        cells: what to do, in this order.
-        work: number of the worker (from 0) and cell to figures; a function of a module, or a
-            `partial` of one, because it is sent to other processes.
-        workers: processes, at least 1.
-        tell: says one line to the user.
+    A worker that dies takes no other along: its cell is left out and told, and a new one takes its
+    place. A stop by a signal, or an error in a cell, is passed on to all as one SIGINT, which a
+    search answers by draining; a second one kills them.
 
     Raises:
         ValueError: a cell raised it; its traceback is that of the worker.
     """
-    waiting = deque(cells)
-    pools = {number: _pool() for number in range(min(workers, len(waiting)))}
-    idle = deque(pools)
-    running: dict[Future[Figures], tuple[int, Cell]] = {}
+
+    def leave_out(cell: Task) -> bool:
+        tell(f"lost: its worker died in {cell}; the same command goes on with it")
+        return False
+
     try:
-        while waiting or running:
-            while waiting and idle:
-                number, cell = idle.popleft(), waiting.popleft()
-                running[_submit(pools[number], work, number, cell)] = number, cell
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                number, cell = running.pop(future)
-                idle.append(number)
-                try:
-                    figures = future.result()
-                except BrokenProcessPool:
-                    pools[number] = _pool()
-                    tell(f"lost: its worker died in {cell}; the same command goes on with it")
-                    continue
-                except ValueError as error:
-                    raise ValueError(str(error)) from error
-                yield cell, figures
+        yield from outcomes(cells, crew, leave_out)
     finally:
-        _stop(running, tell)
-        for pool in pools.values():
+        _stop(crew, tell)
+        crew.close()
+
+
+class Processes(Generic[Task, Result]):
+    """A crew of spawned processes on this machine.
+
+    Every worker is a pool of one process, so that one that dies takes no other along.
+    """
+
+    def __init__(self, work: Work[Task, Result], size: int) -> None:
+        """Start nothing yet.
+
+        Args:
+            work: number of the worker and task to result; a function of a module, or a `partial`
+                of one, because it is sent to other processes.
+            size: processes, at least 1.
+        """
+        self._work = work
+        self._pools = [_pool() for _ in range(size)]
+        self._last: dict[int, Future[Result]] = {}
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return len(self._pools)
+
+    def submit(self, number: int, task: Task) -> Future[Result]:
+        """Hand a task over; a process that is started here has SIGINT blocked from its birth."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            future = self._pools[number].submit(_done, self._work, number, task)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._last[number] = future
+        return future
+
+    def outcome(self, future: Future[Result]) -> Result:
+        """Return the result; raise LostError or the worker's ValueError."""
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            raise LostError from None
+        except ValueError as error:
+            raise ValueError(str(error)) from error
+
+    def replace(self, number: int) -> None:
+        """Put a new process in the place of a dead one."""
+        self._pools[number] = _pool()
+
+    @property
+    def running(self) -> list[Future[Result]]:
+        """The tasks that are not done."""
+        return [x for x in self._last.values() if not x.done()]
+
+    def interrupt(self) -> None:
+        """Send every process one SIGINT; those without a task leave it."""
+        for process in multiprocessing.active_children():
+            _interrupt(process)
+
+    def kill(self) -> None:
+        """End all processes at once."""
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    def close(self) -> None:
+        """Wait for what runs and end the processes."""
+        for pool in self._pools:
             pool.shutdown(cancel_futures=True)
+
+
+def visible_devices() -> list[str]:
+    """Return the names of the GPUs that this process may use."""
+    import torch
+
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        return [x for x in listed.split(",") if x]
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
+def take_device(number: int) -> None:
+    """Give this process, worker `number`, a GPU of its own where there are enough."""
+    devices = visible_devices()
+    if devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
 
 
 def _pool() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
 
-def _submit(pool: ProcessPoolExecutor, work: Work, number: int, cell: Cell) -> Future[Figures]:
-    """Hand a cell to a worker; one that is started here has SIGINT blocked from its birth."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return pool.submit(_done, work, number, cell)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _done(work: Work, number: int, cell: Cell) -> Figures:
-    """Return the figures of a cell, in the worker; only here a signal may interrupt it."""
+def _done(work: Work[Task, Result], number: int, task: Task) -> Result:
+    """Return the result of a task, in the worker; only here a signal may interrupt it."""
     _settle()
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        return work(number, cell)
+        return work(number, task)
     finally:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
@@ -103,19 +152,17 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _stop(running: Iterable[Future[Figures]], tell: Callable[[str], None]) -> None:
+def _stop(crew: Crew[Task, Result], tell: Callable[[str], None]) -> None:
     """Ask the workers that are at work to stop and wait for them; a second Ctrl-C kills them."""
-    left = list(running)
+    left = crew.running
     if not left:
         return
     tell("stopping the workers after their step; once more stops them at once")
     try:
-        for process in multiprocessing.active_children():
-            _interrupt(process)
+        crew.interrupt()
         wait(left)
     except KeyboardInterrupt:
-        for process in multiprocessing.active_children():
-            process.kill()
+        crew.kill()
 
 
 def _interrupt(process: BaseProcess) -> None:

@@ -142,13 +142,28 @@ def test_compress_hands_the_resolved_configuration_on(pipeline: Recorder) -> Non
     )
     assert result.exit_code == 0
     assert f"report: {Path('there') / 'report.html'}" in result.output
-    [(_, (config, folder, _progress), _)] = pipeline.calls
+    [(_, (config, folder, _progress, workforce), _)] = pipeline.calls
     assert isinstance(config, RunConfig)
     assert isinstance(folder, RunFolder)
     assert (config.model, config.seed, config.budget.macs) == ("other", 3, 0.5)
     assert config.evaluation.samples is None
     assert folder.path == Path("runs") / "demo"
+    assert workforce.is_alone
     assert load_config(folder.config) == config
+
+
+def test_workers_are_handed_on_and_what_is_none_is_refused(pipeline: Recorder) -> None:
+    assert run("compress", DEMO, "--workers", "ray://h:1", "--threads", "3").exit_code == 0
+    [(_, (*_, workforce), _)] = pipeline.calls
+    assert (workforce.address, workforce.threads, workforce.is_alone) == ("ray://h:1", 3, False)
+    for got in ("0", "many", "ray://", "-1"):
+        refused = run("compress", DEMO, "--out", "b", "--workers", got)
+        assert refused.exit_code == 2
+        assert refused.stderr == (
+            f"selfpruner: --workers: got {got!r}; allowed: a number from 1, ray or "
+            "ray://host:port\n"
+        )
+        assert not Path("b").exists()
 
 
 def test_a_second_run_needs_replace(pipeline: Recorder) -> None:

@@ -11,8 +11,9 @@ import yaml
 
 from selfpruner.cells import run_cells
 from selfpruner.config import CONFIGS
-from selfpruner.experiment import cells_of, digest_of, visible_devices
+from selfpruner.experiment import cells_of, digest_of
 from selfpruner.experiment_config import load_experiment
+from selfpruner.workers import visible_devices
 
 
 def test_the_shipped_experiments_are_valid() -> None:

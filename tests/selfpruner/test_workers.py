@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from selfpruner.cells import finish_cells
-from selfpruner.workers import in_workers
+from selfpruner.workers import Processes, in_workers
 
 pytestmark = pytest.mark.usefixtures("_importable")
 
@@ -26,7 +26,7 @@ def test_every_cell_is_done_once_by_the_workers_there_are() -> None:
     from analytic_cells import square  # type: ignore[import-not-found]
 
     cells = [{"n": n} for n in range(6)]
-    done = list(in_workers(cells, square, 2, print))
+    done = list(in_workers(cells, Processes(square, 2), print))
     assert sorted(cell["n"] for cell, _ in done) == list(range(6))
     assert all(figures["square"] == cell["n"] ** 2 for cell, figures in done)
     processes = {figures["process"] for _, figures in done}
@@ -40,12 +40,14 @@ def test_a_worker_that_dies_loses_only_its_cell(tmp_path: Path) -> None:
 
     cells, told = [{"n": n} for n in range(5)], []
     path = tmp_path / "rows.jsonl"
-    rows = finish_cells(path, cells, lambda x: in_workers(x, square_or_die, 2, told.append))
+    rows = finish_cells(
+        path, cells, lambda x: in_workers(x, Processes(square_or_die, 2), told.append)
+    )
     assert [x["cell"]["n"] for x in rows] == [0, 2, 3, 4]
     assert len(told) == 1
     assert "lost: its worker died in {'n': 1}" in told[0]
     assert len(path.read_text().splitlines()) == 4
-    again = finish_cells(path, cells, lambda x: in_workers(x, square, 2, told.append))
+    again = finish_cells(path, cells, lambda x: in_workers(x, Processes(square, 2), told.append))
     assert [x["cell"]["n"] for x in again] == [0, 1, 2, 3, 4]
     assert len(path.read_text().splitlines()) == 5
 
@@ -54,7 +56,7 @@ def test_a_refusal_comes_through_as_one() -> None:
     from analytic_cells import square_or_refuse
 
     with pytest.raises(ValueError, match="n: got 1"):
-        list(in_workers([{"n": n} for n in range(3)], square_or_refuse, 2, lambda _: None))
+        list(in_workers([{"n": n} for n in range(3)], Processes(square_or_refuse, 2), print))
 
 
 @pytest.fixture
@@ -79,7 +81,11 @@ def test_a_signal_stops_all_workers_cleanly(tmp_path: Path) -> None:
     thread.start()
     started, told = time.monotonic(), []
     with pytest.raises(KeyboardInterrupt):
-        list(in_workers([{"folder": str(tmp_path)}] * 4, wait_for_a_signal, 2, told.append))
+        list(
+            in_workers(
+                [{"folder": str(tmp_path)}] * 4, Processes(wait_for_a_signal, 2), told.append
+            )
+        )
     thread.join()
     assert sorted(x.name for x in tmp_path.glob("stopped-*")) == ["stopped-0", "stopped-1"]
     assert len(list(tmp_path.glob("begun-*"))) == 2

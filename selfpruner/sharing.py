@@ -1,0 +1,72 @@
+"""The fitness of a search, shared out to workers: the same numbers as in one process."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pruning.plan import Plan
+from selfpruner.blocks import Block, blocks
+from selfpruner.crew import Crew, outcomes
+from selfpruner.fitness import Fitness
+
+Floats = NDArray[np.float64]
+
+_TRIES = 3  # a batch that three workers died over would kill a fourth
+
+
+class SharedFitness:
+    """A `Score` whose blocks a crew computes; accuracy and length are this process's own.
+
+    A worker that dies is replaced and only its block is scored again.
+    """
+
+    def __init__(
+        self,
+        own: Fitness,
+        crew: Crew[Block, Floats],
+        batch_size: int,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._own, self._crew, self._batch_size, self._tell = own, crew, batch_size, tell
+
+    @property
+    def num_sequences(self) -> int:
+        """Search sequences there are."""
+        return self._own.num_sequences
+
+    def accuracy(self, plan: Plan) -> float:
+        """Return the share of commonsense items that `plan` answers rightly."""
+        return self._own.accuracy(plan)
+
+    def __call__(self, plans: Sequence[Plan], sequences: Sequence[int]) -> Floats:
+        """Return the fitness (P, S) of every plan on every sequence asked for.
+
+        Raises:
+            ValueError: a worker could not open its model, or three died over one block.
+        """
+        scores = np.zeros((len(plans), len(sequences)))
+        tasks = blocks(plans, sequences, self._crew.size, self._batch_size)
+        for block, found in outcomes(tasks, self._crew, self._again()):
+            columns = slice(block.start, block.start + len(block.sequences))
+            scores[list(block.rows), columns] = found
+        return scores
+
+    def _again(self) -> Callable[[Block], bool]:
+        """Return what lets a block be scored again until it has been tried too often."""
+        deaths: Counter[Block] = Counter()
+
+        def again(block: Block) -> bool:
+            deaths[block] += 1
+            if deaths[block] == _TRIES:
+                raise ValueError(
+                    f"--workers: {_TRIES} workers died over one batch of {len(block.plans)} "
+                    "plans; is there memory for so many models?"
+                )
+            self._tell("a worker died; its batch is scored again by a new one")
+            return True
+
+        return again
