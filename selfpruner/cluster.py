@@ -262,6 +262,8 @@ class _Actor:
 
 def _task(home: str, work: Work[Task, Result], task: Task) -> Result:
     """Return what comes of a task; any process may get it, so that its number is its own."""
+    # A command in the background has SIGINT ignored, and so have the processes that Ray begins.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return _done(home, work, os.getpid(), task)
 
 
