@@ -100,7 +100,8 @@ def test_a_killed_worker_costs_its_batch_and_no_more(
         lost = int((tmp_path / "died").read_text())
         assert sum(pairs for _, pairs in rows) == 12 * 8 + lost
         assert 0 < lost < 12 * 8 / 2
-        assert len({process for process, _ in rows}) == 3
+        # The other one may be done with all before the new one has ranked.
+        assert len({process for process, _ in rows}) in (2, 3)
         assert told == ["a worker died; its batch is scored again by a new one"]
         assert np.array_equal(found, opened.score(plans, range(8)))
         left = [process for process, _ in rows]
