@@ -73,6 +73,11 @@ class SearchResult:
     seconds: float
     stopped: str
 
+    @property
+    def lowest_fitness(self) -> float:
+        """Of the best plan of every generation; that of `best` where there are no windows."""
+        return min(float(x["best_fitness"]) for x in self.generations)
+
 
 def build_graph() -> SearchGraph:
     """Return the uncompiled search graph."""

@@ -158,7 +158,7 @@ def _search_numbers(config: RunConfig, outcome: Outcome) -> SearchNumbers:
         duplicates=found.duplicates,
         fallbacks=found.fallbacks,
         stopped=found.stopped,
-        best_fitness=found.best.fitness,
+        best_fitness=found.lowest_fitness,
         selected_fitness=outcome.selected.fitness,
         selection_fitness=outcome.selection_fitness,
         wall_seconds=found.seconds,

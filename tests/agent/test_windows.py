@@ -185,6 +185,7 @@ def test_leaders_are_known_after_every_generation(windowed: Scene, tmp_path: Pat
     assert all(x.generation <= n for n, x in result.leaders)
     assert result.leaders == tuple(leaders(context))
     assert result.leaders[-1][1] == result.best == result.finalists[0]
+    assert result.lowest_fitness == min(x.fitness for x in context.ledger.candidates())
 
 
 def test_without_windows_candidates_stand_by_their_fitness(scene: Scene, tmp_path: Path) -> None:
