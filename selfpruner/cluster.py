@@ -49,7 +49,8 @@ def connected(address: str) -> Iterator[None]:
         if address == LOCAL:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             size = _STORE_BYTES
-            ray.init(LOCAL, include_dashboard=False, object_store_memory=size, **quiet)
+            with _sheltered():
+                ray.init(LOCAL, include_dashboard=False, object_store_memory=size, **quiet)
         else:
             ray.init(address, **quiet)
     except (ConnectionError, RuntimeError, ImportError) as error:
@@ -66,6 +67,20 @@ def connected(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _sheltered() -> Iterator[None]:
+    """Have the processes that begin in the block ignore SIGTERM.
+
+    Sent to the whole group of a command, as `timeout` does, it would end the cluster below a search
+    that drains. The cluster is killed by `ray.shutdown`, and with this process.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _put_back(handler: Any) -> None:

@@ -12,6 +12,7 @@ from pruning.plan import Plan
 from selfpruner.blocks import Block, blocks
 from selfpruner.crew import Crew, outcomes
 from selfpruner.fitness import Fitness
+from selfpruner.stopping import raise_if_asked
 
 Floats = NDArray[np.float64]
 
@@ -21,7 +22,8 @@ _TRIES = 3  # a batch that three workers died over would kill a fourth
 class SharedFitness:
     """A `Score` whose blocks a crew computes; accuracy and length are this process's own.
 
-    A worker that dies is replaced and only its block is scored again.
+    A worker that dies is replaced and only its block is scored again; one that dies after a stop
+    was asked for, as the signal to a whole group of processes makes it, ends the search.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class SharedFitness:
 
         Raises:
             ValueError: a worker could not open its model, or three died over one block.
+            KeyboardInterrupt: one died after a signal had asked for a stop.
         """
         scores = np.zeros((len(plans), len(sequences)))
         tasks = blocks(plans, sequences, self._crew.size, self._batch_size)
@@ -60,6 +63,7 @@ class SharedFitness:
         deaths: Counter[Block] = Counter()
 
         def again(block: Block) -> bool:
+            raise_if_asked()
             deaths[block] += 1
             if deaths[block] == _TRIES:
                 raise ValueError(

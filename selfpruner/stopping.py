@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 Handler = Callable[[int, FrameType | None], None]
 
+_asked: list[str] = []  # signals that asked the `draining` block under way for a stop
+
 
 class TerminatedError(KeyboardInterrupt):
     """SIGTERM came; like Ctrl-C it passes through `except Exception`."""
@@ -52,11 +54,25 @@ def draining(
             tell(f"{name}: stopped at once; `selfpruner resume` goes on")
             leave(128 + number)
         else:
+            _asked.append(name)
             control.request_drain(name)
             tell(f"{name}: stopping after this step; once more stops at once")
 
-    with _handled(drain, (signal.SIGINT, signal.SIGTERM)):
-        yield
+    try:
+        with _handled(drain, (signal.SIGINT, signal.SIGTERM)):
+            yield
+    finally:
+        _asked.clear()
+
+
+def raise_if_asked() -> None:
+    """End the program where a stop was asked for already, without waiting for the step under way.
+
+    Raises:
+        KeyboardInterrupt: it was; TerminatedError for SIGTERM.
+    """
+    if _asked:
+        raise stop_of(_asked[0])
 
 
 @contextmanager

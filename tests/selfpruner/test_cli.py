@@ -103,6 +103,7 @@ def test_plan_loads_nothing_heavy_and_tells_plain_lines() -> None:
 
 def test_plan_draws_a_table_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "120")
     result = run("plan", str(CONFIGS / "llama2_13b.yaml"))
     assert result.exit_code == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from langgraph.runtime import RunControl
 
 from pruning.plan import LayerPlan, Plan
 from selfpruner.arena import Arena
@@ -21,6 +24,7 @@ from selfpruner.progress import Progress
 from selfpruner.resident import Post, opened_arena, score_block
 from selfpruner.run_folder import RunFolder
 from selfpruner.sharing import SharedFitness
+from selfpruner.stopping import TerminatedError, draining
 from selfpruner.workbench import prepare
 from selfpruner.workforce import Workforce, threads_set
 
@@ -127,6 +131,25 @@ def test_a_batch_that_kills_is_given_up(opened: tuple[Arena, RunFolder]) -> None
         with pytest.raises(ValueError, match="3 workers died over one batch of 1 plans"):
             shared(plans_of(arena, 1), [0])
     assert told == ["a worker died; its batch is scored again by a new one"] * 2
+
+
+@pytest.mark.usefixtures("_importable")
+def test_a_worker_that_dies_after_a_stop_was_asked_for_ends_the_search(
+    opened: tuple[Arena, RunFolder],
+) -> None:
+    from scoring_workers import doomed  # type: ignore[import-not-found]
+
+    arena, told = opened[0], list[str]()
+    assert isinstance(arena.score, Fitness)
+    with (
+        Workforce(1).residents(doomed, False, told.append) as crew,
+        draining(RunControl(), told.append),
+    ):
+        shared = SharedFitness(arena.score, crew, 2, told.append)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(TerminatedError):
+            shared(plans_of(arena, 1), [0])
+    assert told == ["SIGTERM: stopping after this step; once more stops at once"]
 
 
 def test_one_process_alone_scores_itself(opened: tuple[Arena, RunFolder]) -> None:
