@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 
 from pruning.llama_cpp import HEAD_NORMS, NORMS, PROJECTIONS, Graph, Shape, graph_for
+from pruning.shards import Shards
 from pruning.vocabulary import Vocabulary
-from pruning.weights import Weights
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -73,7 +74,7 @@ class _File:
     """Everything that goes into a file; values are read when they are written."""
 
     config: PreTrainedConfig
-    weights: Weights
+    weights: Shards
     shape: Shape
     graph: Graph
     vocabulary: Vocabulary
@@ -82,7 +83,7 @@ class _File:
 
     @classmethod
     def of(cls, folder: Path, dtype: FileType) -> _File:
-        config, weights = _config(folder), Weights(folder)
+        config, weights = _config(folder), Shards(folder)
         shape = Shape.of(config, weights)
         return cls(
             config=config,
@@ -118,7 +119,7 @@ class _File:
             writer.close()
 
     def _values(self, tensor: _Tensor) -> NDArray[Any]:
-        values = self.weights.read(tensor.source)
+        values = self.weights.read(tensor.source, torch.float32, torch.device("cpu")).numpy()
         if self.graph.interleaved and tensor.rotary_heads:
             values = interleaved(values, tensor.rotary_heads)
         return _packed(tensor.source, values, self.dtype)
@@ -180,7 +181,7 @@ def _config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def _tensors(config: PreTrainedConfig, weights: Weights, shape: Shape) -> Iterator[_Tensor]:
+def _tensors(config: PreTrainedConfig, weights: Shards, shape: Shape) -> Iterator[_Tensor]:
     """Yield the tensors of the file in order; a tied head is not stored twice.
 
     Raises:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pruning.weights import Weights
+from pruning.shards import Shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -55,7 +55,7 @@ class Shape:
     frequency_factors: bool
 
     @classmethod
-    def of(cls, config: PreTrainedConfig, weights: Weights) -> Shape:
+    def of(cls, config: PreTrainedConfig, weights: Shards) -> Shape:
         """Return the shape of a model: widths and biases are read off its weights.
 
         Raises:
@@ -84,7 +84,7 @@ class Shape:
         )
 
 
-def _widths(weights: Weights, prefix: str, head_dim: int) -> LayerWidths:
+def _widths(weights: Shards, prefix: str, head_dim: int) -> LayerWidths:
     return LayerWidths(
         heads=weights.shape(f"{prefix}.self_attn.q_proj.weight")[0] // head_dim,
         kv_heads=weights.shape(f"{prefix}.self_attn.k_proj.weight")[0] // head_dim,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -17,20 +17,46 @@ _SINGLE = "model.safetensors"
 
 
 class Shards:
-    """The tensors of a model folder by name; nothing is read before it is asked for."""
+    """The tensors of a model folder by name; no values are read before they are asked for."""
 
     def __init__(self, folder: Path) -> None:
-        """Find out which file holds what.
+        """Find out which file holds what, and in what shape.
 
         Raises:
             ValueError: there is no safetensors file, or one is missing or damaged.
         """
         self.folder = folder
-        self._files = _files_by_name(folder)
+        self._files: dict[str, str] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for file, names in _files(folder).items():
+            shapes = _shapes(folder / file)
+            if missing := sorted(names - shapes.keys()):
+                raise ValueError(f"{folder / file}: {missing[0]} is missing")
+            named = {name: shapes[name] for name in sorted(names) or shapes}
+            self._files |= dict.fromkeys(named, file)
+            self._shapes |= named
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         """Return whether there is a tensor of that name."""
         return name in self._files
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._files)
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the names."""
+        return iter(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of one tensor.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        if name not in self._shapes:
+            raise ValueError(f"{self.folder}: no tensor {name}")
+        return self._shapes[name]
 
     def read(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return a tensor of one's own: what is mapped from the file is not kept.
@@ -83,25 +109,31 @@ def save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | N
         raise OSError(errno.EIO, str(error).splitlines()[0], str(path)) from error
 
 
-def _files_by_name(folder: Path) -> dict[str, str]:
-    if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        files: dict[str, str] = index["weight_map"]
-    elif (folder / _SINGLE).is_file():
-        files = dict.fromkeys(_names(folder / _SINGLE), _SINGLE)
-    else:
-        raise ValueError(f"{folder}: no {INDEX} and no {_SINGLE}; only safetensors are streamed")
-    for file in sorted(set(files.values())):
-        found = _names(folder / file)
-        if missing := sorted(k for k, v in files.items() if v == file and k not in found):
-            raise ValueError(f"{folder / file}: {missing[0]} is missing")
-    return files
+def _files(folder: Path) -> dict[str, set[str]]:
+    """Return the safetensors files of a model folder, with the tensors that an index puts there.
+
+    Raises:
+        ValueError: there are none, or the index of the shards is damaged.
+    """
+    if (folder / _SINGLE).is_file():
+        return {_SINGLE: set()}
+    index = folder / INDEX
+    if not index.is_file():
+        raise ValueError(f"{folder}: no {_SINGLE} and no {INDEX}; allowed: safetensors")
+    files: dict[str, set[str]] = {}
+    try:
+        for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            files.setdefault(file, set()).add(name)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"{index}: not an index of shards") from None
+    return dict(sorted(files.items()))
 
 
-def _names(path: Path) -> set[str]:
-    """Return the names of the tensors of one file, from its header."""
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of one file by name, from its header."""
     try:
         with safe_open(path, "pt") as file:
-            return set(file.keys())
+            names = file.keys()
+            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None

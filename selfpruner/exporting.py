@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pruning.gguf import write_gguf
 from pruning.registration import register_with_transformers
-from pruning.weights import Weights
+from pruning.shards import Shards
 from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
 from selfpruner.workbench import quiet_libraries
@@ -32,7 +32,7 @@ def export_gguf(folder: RunFolder, out: Path | None, dtype: FileType, progress: 
         raise ValueError(f"--out: got {path}; allowed: a file whose name ends in .gguf")
     quiet_libraries()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with progress.stage(f"write {path.name}", len(Weights(model))) as advance:
+    with progress.stage(f"write {path.name}", len(Shards(model))) as advance:
         architecture = write_gguf(model, path, dtype, advance)
     return f"{path}: {dtype}, architecture {architecture}, {path.stat().st_size / 1e6:.1f} MB"
 

@@ -206,7 +206,7 @@ def test_what_cannot_be_streamed_is_refused(saved: Any, tmp_path: Path) -> None:
     shard.unlink()
     assert shard.name in _refusal(lambda: load_streamed(str(folder), torch.float32))
     (folder / "model.safetensors.index.json").unlink()
-    assert "only safetensors" in _refusal(lambda: load_streamed(str(folder), torch.float32))
+    assert "allowed: safetensors" in _refusal(lambda: load_streamed(str(folder), torch.float32))
 
 
 def test_missing_weights_are_named(saved: Any) -> None:
