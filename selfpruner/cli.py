@@ -259,17 +259,9 @@ def speed(
         )
         with Progress() as progress:
             measured = measure_speed(asked, progress)
-        from rich.console import Console
+        from selfpruner.speed_page import show_speed
 
-        from selfpruner.speed_page import print_speed, write_speed_page
-
-        print_speed(measured, Console())
-        if out is not None:
-            if out.suffix == ".html":
-                write_speed_page(measured, out)
-            else:
-                measured.write(out)
-            typer.echo(f"report: {out}")
+        show_speed(measured, out)
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:

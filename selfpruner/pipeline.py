@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from agent.candidate import Candidate
+from agent.graph import SearchResult
 from agent.ledger import Ledger
 from evaluators.tasks import task_texts
 from pruning.elastic import Prunable
@@ -27,6 +29,7 @@ from selfpruner.finishing import (
     finish,
     judged_controls,
 )
+from selfpruner.fitness import Fitness
 from selfpruner.front import front
 from selfpruner.heap import return_large_blocks, share_heap
 from selfpruner.model_card import model_card
@@ -44,8 +47,30 @@ from selfpruner.workforce import Workforce
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
 _FOUND = "found"
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The plan that becomes the model, and what it is finished with.
+
+    Attributes:
+        bench: within the budget of the plan.
+        prunable: the ranked model.
+        selection: the fitness on fresh tokens.
+        found: the search.
+        selected: its plan, or that of the front.
+        fitness: its fitness on fresh tokens.
+        points: of the front, none where no further budgets were asked for.
+    """
+
+    bench: Workbench
+    prunable: Prunable
+    selection: Fitness
+    found: SearchResult
+    selected: Candidate
+    fitness: float
+    points: tuple[FrontPoint, ...] = ()
 
 
 def compress(
@@ -70,40 +95,67 @@ def compress(
     bench = prepare(config, progress, folder)
     _check_disk(bench, folder)
     _check_items(config)
-    with opened_arena(bench, folder, progress, workforce or Workforce()) as arena:
-        found = search(arena, config, folder, progress)
-        prunable, selection = arena.prunable, arena.selection
-        selected, fitness = best_on_fresh_tokens(found, selection)
-        points: tuple[FrontPoint, ...] = ()
-        if config.front.targets:
-            made = front(arena, found, (selected, fitness), folder, progress)
-            points = made.points
-            stop = made.picked(config.front.pick, config.budget.target)
-            selected, fitness = stop.selected, stop.fitness
-            bench = bench.within(stop.arena.bench.budget)
-            del made, stop
-    best = selected.plan
-    _write_plan(bench, prunable, best, folder)
-    plans, warnings = control_plans(bench)
-    if bench.budget.target != config.budget.target:
-        warnings += (
-            f"front.pick {config.front.pick}: the model is the front's at {bench.budget.kind} "
-            f"{bench.budget.target:g}; the search told of is that of {config.budget.target:g}",
-        )
-    finished = finish(bench, prunable, {_FOUND: best, **plans}, selection, progress)
-    model, refitted = finished.pop(_FOUND)
-    controls = judged_controls(bench, finished, progress)
-    del prunable, selection, arena, finished
+    choice = _choose(bench, folder, progress, workforce or Workforce())
+    bench = choice.bench
+    _write_plan(bench, choice.prunable, choice.selected.plan, folder)
+    model, outcome = _finish(choice, progress)
+    del choice  # what ranked and scored the plans: the export needs its room
     pruned = export(model, bench.tokenizer, folder.model, getattr(torch, config.export.dtype))
-    pruned = _checked(pruned, folder.model, bench)
     del model
-    outcome = Outcome(selected, found, fitness, refitted, controls, warnings, points)
+    pruned = _checked(pruned, folder.model, bench)
     results = verdict(bench, pruned, outcome, Ledger(folder.path), progress)
     results.save(folder.results)
     card = model_card(results, is_stock(pruned))
     (folder.model / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(folder.scratch, ignore_errors=True)
     return write_report(folder.path)
+
+
+def _choose(
+    bench: Workbench, folder: RunFolder, progress: Progress, workforce: Workforce
+) -> _Choice:
+    """Search, also for the budgets of a front, and take the plan that becomes the model."""
+    config = bench.config
+    with opened_arena(bench, folder, progress, workforce) as arena:
+        found = search(arena, config, folder, progress)
+        best = best_on_fresh_tokens(found, arena.selection)
+        choice = _Choice(bench, arena.prunable, arena.selection, found, *best)
+        if not config.front.targets:
+            return choice
+        made = front(arena, found, best, folder, progress)
+        stop = made.picked(config.front.pick, config.budget.target)
+        return replace(
+            choice,
+            bench=bench.within(stop.arena.bench.budget),
+            selected=stop.selected,
+            fitness=stop.fitness,
+            points=made.points,
+        )
+
+
+def _finish(choice: _Choice, progress: Progress) -> tuple[PreTrainedModel, Outcome]:
+    """Return the model of the chosen plan, and what came of it and of the controls."""
+    bench = choice.bench
+    plans, warnings = control_plans(bench)
+    asked = bench.config.budget.target
+    if bench.budget.target != asked:
+        warnings += (
+            f"front.pick {bench.config.front.pick}: the model is the front's at "
+            f"{bench.budget.kind} {bench.budget.target:g}; the search told of is that of {asked:g}",
+        )
+    plans = {_FOUND: choice.selected.plan, **plans}
+    finished = finish(bench, choice.prunable, plans, choice.selection, progress)
+    model, refitted = finished.pop(_FOUND)
+    outcome = Outcome(
+        selected=choice.selected,
+        found=choice.found,
+        selection_fitness=choice.fitness,
+        refit=refitted,
+        controls=judged_controls(bench, finished, progress),
+        warnings=warnings,
+        front=choice.points,
+    )
+    return model, outcome
 
 
 def _check_disk(bench: Workbench, folder: RunFolder) -> None:

@@ -30,6 +30,19 @@ FACTS: tuple[tuple[str, str, Any], ...] = (
 )
 
 
+def show_speed(report: SpeedReport, out: Path | None) -> None:
+    """Print the tables; write all figures as `out`, JSON or a page by its name, where asked to."""
+    console = Console()
+    print_speed(report, console)
+    if out is None:
+        return
+    if out.suffix == ".html":
+        write_speed_page(report, out)
+    else:
+        report.write(out)
+    console.print(f"report: {out}", highlight=False, markup=False, soft_wrap=True)
+
+
 def print_speed(report: SpeedReport, console: Console) -> None:
     """Print a table of facts and a table of times for every engine, and what is missing."""
     console.print(report.device, highlight=False, markup=False)
