@@ -179,6 +179,14 @@ def evaluate(
         int | None, typer.Option(min=1, help="Items a task; whole sets by default.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="The same for both models.")] = 8,
+    spread: Annotated[
+        bool | None,
+        typer.Option(
+            "--spread/--no-spread",
+            help="Layers on all GPUs, then in CPU memory, then on disk, or all on one device; "
+            "spread by default where more than one GPU is visible.",
+        ),
+    ] = None,
     trust_remote_code: _Trust = False,
 ) -> None:
     """Measure accuracy on commonsense tasks."""
@@ -200,6 +208,7 @@ def evaluate(
                 tasks=[task for task in TASKS if task in names],
                 samples=samples,
                 batch_size=batch_size,
+                spread=spread,
                 trust_remote_code=trust_remote_code,
                 progress=progress,
             )

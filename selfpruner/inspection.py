@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from evaluators.tasks import MEAN_CONVENTION, TaskScore, mean_accuracy
-from pruning.loading import load
+from pruning.loading import load, load_spread, whereabouts
 from selfpruner import judge
 from selfpruner.config import EvaluationSettings, RunConfig
 from selfpruner.progress import Progress
@@ -27,10 +28,14 @@ def evaluate_command(
     tasks: Sequence[Task],
     samples: int | None,
     batch_size: int,
+    spread: bool | None,
     trust_remote_code: bool,
     progress: Progress,
 ) -> None:
     """Print the commonsense accuracy of `model`, paired with `baseline` where one is given.
+
+    `spread` says whether each is spread over all GPUs, CPU memory and disk; None does so where
+    more than one GPU is visible. One model is open at a time.
 
     Raises:
         ValueError: a model cannot be loaded; one line.
@@ -38,7 +43,7 @@ def evaluate_command(
     settings = EvaluationSettings(tasks=tuple(tasks), samples=samples, batch_size=batch_size)
     scores: dict[str, dict[str, TaskScore]] = {}
     for name in _names(model, baseline):
-        loaded, tokenizer = _loaded(name, trust_remote_code, progress)
+        loaded, tokenizer = _loaded(name, spread, trust_remote_code, progress)
         scores[name] = judge.tasks(loaded, tokenizer, settings, 0, progress, name)
         del loaded
     table = Table(title=MEAN_CONVENTION, title_justify="left")
@@ -66,17 +71,21 @@ def _names(model: str, baseline: str | None) -> list[str]:
 
 
 def _loaded(
-    name: str, trust_remote_code: bool, progress: Progress
+    name: str, spread: bool | None, trust_remote_code: bool, progress: Progress
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     quiet_libraries()
     config = RunConfig(model=name)
+    spreads = torch.cuda.device_count() > 1 if spread is None else spread
     with progress.stage(f"load {name}"):
-        return load(
+        loaded, tokenizer = (load_spread if spreads else load)(
             name,
             resolved_dtype(config),
             resolved_device(config),
             trust_remote_code=trust_remote_code,
         )
+    if spreads:
+        progress.note(f"{name}: {whereabouts(loaded)}")
+    return loaded, tokenizer
 
 
 def _shown(score: TaskScore) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -217,10 +218,14 @@ def _ranked(bench: Workbench, progress: Progress) -> ElasticModel:
 
 
 def quiet_libraries() -> None:
-    """Turn off the progress bars of transformers: the command shows its own."""
-    from transformers.utils import logging
+    """Turn off the progress bars of transformers, and what accelerate says of where weights lie.
 
-    logging.disable_progress_bar()
+    The command shows and says its own.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
 
 
 def resolved_device(config: RunConfig) -> str:

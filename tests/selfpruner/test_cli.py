@@ -293,9 +293,13 @@ def test_evaluate_takes_tasks_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         "tasks": ["boolq", "piqa"],
         "samples": 5,
         "batch_size": 8,
+        "spread": None,
         "trust_remote_code": False,
     }
     assert named == expected
+    for option, asked in (("--spread", True), ("--no-spread", False)):
+        assert run("evaluate", "m", option).exit_code == 0
+        assert judge.calls[-1][2]["spread"] is asked
     refused = run("evaluate", "m", "--tasks", "piqa,mmlu")
     assert refused.exit_code == 2
     assert refused.stderr.startswith("selfpruner: --tasks: got mmlu; allowed: boolq, piqa")
