@@ -185,7 +185,6 @@ def unstreamable(config: RunConfig) -> str | None:
         ("pruning.statistics", "sequential", "frozen", config.pruning.statistics != "frozen"),
         ("pruning.calibration", "auto", "all", config.pruning.calibration != "all"),
         ("data.choices", config.data.choices, "0", config.data.choices > 0),
-        ("evaluation.tasks", len(config.evaluation.tasks), "[]", bool(config.evaluation.tasks)),
         ("driver.kind", "embedded", "another, or another driver.model", "embedded" in drivers),
         (
             "driver.model",

@@ -11,7 +11,6 @@ import torch
 
 from agent.candidate import Candidate
 from agent.graph import SearchResult
-from agent.ledger import Ledger
 from evaluators.tasks import task_texts
 from pruning.elastic import Prunable
 from pruning.export import export, is_stock
@@ -103,11 +102,11 @@ def compress(
     pruned = export(model, bench.tokenizer, folder.model, getattr(torch, config.export.dtype))
     del model
     pruned = _checked(pruned, folder.model, bench)
-    results = verdict(bench, pruned, outcome, Ledger(folder.path), progress)
+    shutil.rmtree(folder.scratch, ignore_errors=True)  # the judges may need its room
+    results = verdict(bench, pruned, outcome, folder, progress)
     results.save(folder.results)
     card = model_card(results, is_stock(pruned))
     (folder.model / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(folder.scratch, ignore_errors=True)
     return write_report(folder.path)
 
 

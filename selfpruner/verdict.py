@@ -11,9 +11,11 @@ from agent.candidate import Candidate
 from agent.graph import SearchResult
 from agent.ledger import Ledger
 from evaluators.memory import peak_resident_bytes
-from evaluators.tasks import MEAN_CONVENTION
+from evaluators.tasks import MEAN_CONVENTION, TaskScore
 from pruning.export import cast_parameters
+from pruning.loading import load_spread, whereabouts
 from pruning.plan import Plan
+from pruning.registration import register_with_transformers
 from selfpruner import judge
 from selfpruner.config import RunConfig
 from selfpruner.environment import environment
@@ -37,7 +39,8 @@ from selfpruner.results import (
     Speed,
     Units,
 )
-from selfpruner.workbench import Workbench
+from selfpruner.run_folder import RunFolder
+from selfpruner.workbench import Workbench, resolved_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,13 +73,16 @@ def verdict(
     bench: Workbench,
     pruned: PreTrainedModel,
     outcome: Outcome,
-    ledger: Ledger,
+    folder: RunFolder,
     progress: Progress,
 ) -> Results:
-    """Judge the dense and the exported model, both in the run's dtype, and return the record."""
+    """Judge the dense and the exported model, both in the run's dtype, and return the record.
+
+    What is streamed is let go of before the tasks.
+    """
     sizes = {"dense": judge.sizes(bench.model), "pruned": judge.sizes(pruned)}
     models = {"dense": bench.model, "pruned": cast_parameters(pruned, bench.model.dtype)}
-    quality = _quality(bench, models, progress)
+    quality = _quality(bench, models, folder, progress)
     with progress.stage("speed"):
         rows = judge.speed_rows(
             models["dense"], models["pruned"], bench.config.judged, bench.config.seed
@@ -107,7 +113,7 @@ def verdict(
             q_per_group=bench.architecture.q_per_group,
             mlp_channels=bench.architecture.mlp,
         ),
-        history=_history(ledger),
+        history=_history(Ledger(folder.path)),
         generations=tuple(GenerationRow(**x) for x in outcome.found.generations),
         front=outcome.front,
         controls=dict(outcome.controls),
@@ -122,7 +128,10 @@ def verdict(
 
 
 def _quality(
-    bench: Workbench, models: Mapping[str, PreTrainedModel], progress: Progress
+    bench: Workbench,
+    models: Mapping[str, PreTrainedModel],
+    folder: RunFolder,
+    progress: Progress,
 ) -> Quality:
     config, settings = bench.config, bench.config.evaluation
     with progress.stage("perplexity"):
@@ -130,15 +139,40 @@ def _quality(
             label: judge.perplexities(model, bench.family, bench.texts.report, settings.batch_size)
             for label, model in models.items()
         }
-    scores = {
-        label: judge.tasks(model, bench.tokenizer, settings, config.seed, progress, label)
-        for label, model in models.items()
-    }
+    if bench.scratch is None:
+        scores = {
+            label: judge.tasks(model, bench.tokenizer, settings, config.seed, progress, label)
+            for label, model in models.items()
+        }
+    else:
+        for model in models.values():
+            model.to("meta")
+        names = {"dense": config.model, "pruned": str(folder.model)}
+        scores = {label: _spread_tasks(bench, label, names[label], progress) for label in models}
     return Quality(
         dense=judge.quality(scores["dense"], texts["dense"]),
         pruned=judge.quality(scores["pruned"], texts["pruned"]),
         difference=judge.difference(scores["dense"], scores["pruned"], config.seed),
     )
+
+
+def _spread_tasks(
+    bench: Workbench, label: str, name: str, progress: Progress
+) -> dict[str, TaskScore]:
+    """Return the scores of a model that is open for them alone, spread over what there is."""
+    config, settings = bench.config, bench.config.evaluation
+    if not settings.tasks:
+        return {}
+    register_with_transformers()
+    with progress.stage(f"open {label}"):
+        model, _ = load_spread(
+            name,
+            bench.model.dtype,
+            resolved_device(config),
+            trust_remote_code=config.trust_remote_code,
+        )
+    progress.note(f"{label}: {whereabouts(model)}")
+    return judge.tasks(model, bench.tokenizer, settings, config.seed, progress, label)
 
 
 def _search_numbers(config: RunConfig, outcome: Outcome) -> SearchNumbers:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,15 @@ import transformers
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from selfpruner import finishing, pipeline
+from pruning import loading
+from selfpruner import finishing, pipeline, verdict
 from selfpruner.config import RunConfig, load_config
 from selfpruner.progress import Progress
 from selfpruner.results import Results
 from selfpruner.run_folder import RunFolder
 
 COMMON = ("evaluation.tasks=[]", "evaluation.speed.repeats=1", "evaluation.speed.new_tokens=1")
+LITTLE = 45_000  # bytes: too few for all layers of the tiny model
 
 
 def _config(tiny_run: Path, memory: str, *settings: str) -> RunConfig:
@@ -40,6 +45,14 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+@contextmanager
+def _little_room() -> Iterator[None]:
+    """Leave the judges too little memory for all layers of the tiny model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "_free", lambda _: {"cpu": LITTLE})
+        yield
+
+
 def _scores(folder: RunFolder) -> list[Any]:
     rows = map(json.loads, folder.candidates.read_text().splitlines())
     return [(x["id"], x["key"], x["scores"]) for x in rows]
@@ -52,10 +65,10 @@ def folders(
     """Return the folders of the run in memory and of the streamed one."""
     path = tmp_path_factory.mktemp("runs")
     settings = [f"dtype={request.param}", "fitness={kl: 1.0, perplexity: 0.5}"]
-    whole, streamed = (
-        _run(_config(tiny_run, memory, *settings), path / memory)
-        for memory in ("whole", "streamed")
-    )
+    settings += ["evaluation.tasks=[arc_easy, boolq]", "evaluation.samples=6"]
+    whole = _run(_config(tiny_run, "whole", *settings), path / "whole")
+    with _little_room():
+        streamed = _run(_config(tiny_run, "streamed", *settings), path / "streamed")
     return whole, streamed
 
 
@@ -83,6 +96,8 @@ def test_the_exported_models_are_the_same(folders: tuple[RunFolder, RunFolder]) 
 def test_the_reports_say_the_same(folders: tuple[RunFolder, RunFolder]) -> None:
     one, other = (_results(folder) for folder in folders)
     assert one.quality == other.quality
+    assert other.quality.pruned.tasks.keys() == {"arc_easy", "boolq"}
+    assert other.quality.difference is not None
     assert (one.model, one.memory, one.refit, one.controls) == (
         other.model,
         other.memory,
@@ -98,6 +113,42 @@ def test_the_reports_say_the_same(folders: tuple[RunFolder, RunFolder]) -> None:
 
 def test_nothing_is_left_of_the_scratch_folder(folders: tuple[RunFolder, RunFolder]) -> None:
     assert not folders[1].scratch.exists()
+
+
+def test_tasks_open_one_model_after_the_other_when_all_else_is_gone(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[weakref.ref[transformers.PreTrainedModel]] = []
+    layers: list[str] = []
+    judged: list[transformers.PreTrainedModel] = []
+
+    def free(_: str) -> dict[int | str, int]:
+        found = real_free("cpu")
+        assert not [model for model in opened if model() is not None]
+        assert judged
+        assert all(x.is_meta for model in judged for x in model.parameters())
+        assert not (tmp_path / "run" / "scratch").exists()
+        return dict.fromkeys(found, LITTLE)
+
+    def load_spread(*args: Any, **options: Any) -> Any:
+        model, tokenizer = loading.load_spread(*args, **options)
+        opened.append(weakref.ref(model))
+        layers.append(loading.whereabouts(model))
+        return model, tokenizer
+
+    def judging(bench: Any, pruned: Any, *args: Any) -> Results:
+        judged.extend([bench.model, pruned])
+        return verdict.verdict(bench, pruned, *args)
+
+    real_free = loading._free
+    monkeypatch.setattr(loading, "_free", free)
+    monkeypatch.setattr(verdict, "load_spread", load_spread)
+    monkeypatch.setattr(pipeline, "verdict", judging)
+    tasks = ("evaluation.tasks=[boolq]", "evaluation.samples=2", "pruning.refit=false")
+    folder = _run(_config(tiny_run, "streamed", *tasks), tmp_path / "run")
+    assert _results(folder).quality.dense.tasks["boolq"].n == 2
+    assert len(layers) == 2
+    assert all(" on disk" in x for x in layers)
 
 
 def _results(folder: RunFolder) -> Results:
@@ -128,7 +179,6 @@ def test_no_model_is_ever_whole_in_memory(
         ("pruning.statistics=sequential", "pruning.statistics: got sequential; allowed: frozen"),
         ("pruning.calibration=auto", "pruning.calibration: got auto; allowed: all"),
         ("data.choices=4", "data.choices: got 4; allowed: 0"),
-        ("evaluation.tasks=[piqa]", "evaluation.tasks: got 1; allowed: []"),
         ("search.allocator=llm", "driver.kind: got embedded; allowed: another"),
     ],
 )
