@@ -26,7 +26,7 @@ class StageCost:
         name: of the stage.
         seconds: wall time.
         memory: bytes on the device at the peak.
-        streamed: the same with `memory: streamed`, which times nothing and scores no task.
+        streamed: the same with `memory: streamed`, which times nothing.
         devices_needed: devices of this kind that would hold the peak.
         tokens: that pass through a model.
         llm_tokens: prompts and replies of the LLM.
@@ -139,7 +139,7 @@ def estimate_costs(config: RunConfig, hardware: Hardware) -> CostEstimate:
     precision = precision_of(config.dtype, fast_bfloat16=hardware.has_fast_bfloat16)
     llm = asking(config, grid, budget, architecture.layers)
     run, streamed = (
-        RunStages(x, architecture, precision, kept, llm, hardware.start_seconds)
+        RunStages(x, architecture, precision, kept, llm, hardware)
         for x in (config, config.model_copy(update={"memory": "streamed"}))
     )
     peaks = {stage.name: stage.memory for stage in streamed.all()}

@@ -48,9 +48,10 @@ class Hardware(Settings):
     """Devices of one kind.
 
     `reserved_gib` is what no tensor can have: context, libraries, fragments. `bandwidth_gb` of
-    memory and `disk_gb` are 10^9 bytes a second. `layer_ms` is the least time of a decoder layer
-    in eager mode, however small. `start_seconds` is what a run takes until it can compute, besides
-    reading weights.
+    memory and `disk_gb` are 10^9 bytes a second, and so is `offload_gb` of weights in CPU memory
+    that a GPU has no room for; without it they are read from disk. `layer_ms` is the least time of
+    a decoder layer in eager mode, however small. `start_seconds` is what a run takes until it can
+    compute, besides reading weights.
     """
 
     description: Annotated[str, Field(min_length=1)]
@@ -61,6 +62,7 @@ class Hardware(Settings):
     achievable: Achievable
     bandwidth_gb: Positive
     disk_gb: Positive
+    offload_gb: Positive | None = None
     layer_ms: Annotated[float, Field(ge=0)]
     start_seconds: Annotated[float, Field(ge=0)]
     price: Price

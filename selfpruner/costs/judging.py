@@ -6,6 +6,7 @@ tokenizers differ by a tenth or two.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from selfpruner.config import DataSettings, EvaluationSettings, Task
@@ -13,6 +14,8 @@ from selfpruner.costs.work import Running, Work
 
 ITEM_TOKENS, ITEM_SCORED = 95, 11  # of one commonsense item with all its choices
 _ROW_LENGTH = 64  # at which the attention of task rows is counted
+LONGEST_ROW = 512  # about that of boolq
+SPREAD_SHARE = 0.9  # pruning.loading's
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,13 @@ def tasks(model: Running, settings: EvaluationSettings) -> Work:
     read, scored = task_tokens(settings)
     head = min(read, 1.5 * scored)
     return model.passes(read, _ROW_LENGTH, settings.batch_size, head=head)
+
+
+def spread(model: Running, settings: EvaluationSettings, room: float) -> Work:
+    """Return opening a model for the tasks and moving, once a batch, what `room` does not hold."""
+    batches = math.ceil(task_tokens(settings)[0] / (_ROW_LENGTH * settings.batch_size))
+    away = max(model.weight_bytes - room, 0.0)
+    return Work(disk=model.weight_bytes, offloaded=batches * away)
 
 
 def reported_tokens(data: DataSettings) -> list[tuple[int, int]]:

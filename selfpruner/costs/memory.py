@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pruning.architecture import Architecture
 from selfpruner.config import RunConfig
 from selfpruner.costs.hardware import Precision
-from selfpruner.costs.judging import reported_tokens
+from selfpruner.costs.judging import LONGEST_ROW, reported_tokens
 from selfpruner.costs.surgery import Shapes
 from selfpruner.costs.work import BYTES, Running
 
@@ -159,6 +159,14 @@ class MemoryModel:
         )
         return self._placed(held)
 
+    def spread(self, room: float, devices: int) -> Memory:
+        """Return the peak of one device while the dense model alone is spread over all of them.
+
+        `room`: bytes of weights that a device may hold.
+        """
+        weights = min(self.dense.weight_bytes / devices, room)
+        return Memory(weights=weights, working=self._working(LONGEST_ROW))
+
     def export(self) -> Memory:
         """Return the peak of writing a model and reading it back beside itself."""
         both = 2 * self.pruned.weight_bytes
@@ -237,6 +245,10 @@ class MemoryModel:
     def _judging(self) -> float:
         """Activations and all logits of the longest reported rows."""
         length = max((x.length for x in self.config.data.report), default=self.config.data.length)
+        return self._working(length)
+
+    def _working(self, length: int) -> float:
+        """Return activations and all logits of rows of `length`."""
         rows = self.config.evaluation.batch_size
         logits = BYTES[self.dense.precision] * rows * length * self._architecture.vocabulary
         return self._activations(length) + logits + 2.0**26

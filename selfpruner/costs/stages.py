@@ -11,7 +11,7 @@ from pruning.architecture import Architecture
 from selfpruner.config import RunConfig
 from selfpruner.costs import judging, surgery
 from selfpruner.costs.answering import answering
-from selfpruner.costs.hardware import Precision
+from selfpruner.costs.hardware import Hardware, Precision
 from selfpruner.costs.llm import Asking
 from selfpruner.costs.memory import Memory, MemoryModel
 from selfpruner.costs.scoring import Scoring
@@ -51,7 +51,7 @@ class RunStages:
         precision: of forward passes.
         kept: share of the blocks that the budget leaves, above 0 to 1.
         llm: what the search will ask.
-        start_seconds: until the process can compute.
+        hardware: that it runs on.
     """
 
     config: RunConfig
@@ -59,7 +59,7 @@ class RunStages:
     precision: Precision
     kept: float
     llm: Asking
-    start_seconds: float
+    hardware: Hardware
 
     def all(self) -> list[Stage]:
         """Return the stages in order, empty ones left out."""
@@ -82,7 +82,7 @@ class RunStages:
 
     def load(self) -> Stage:
         """Return start-up, and reading the dense weights."""
-        work = Work(disk=self.dense.weight_bytes, waiting=self.start_seconds)
+        work = Work(disk=self.dense.weight_bytes, waiting=self.hardware.start_seconds)
         return Stage("load", (work,), self.memory.load())
 
     def calibrate(self) -> Stage:
@@ -194,12 +194,18 @@ class RunStages:
         return Stage("perplexity", tuple(works), self.memory.judge(), 2 * self._reported)
 
     def tasks(self) -> Stage:
-        """Return the commonsense tasks of both models."""
+        """Return the commonsense tasks of both models; a streamed run opens one after the other."""
         settings = self.config.evaluation
         if not settings.tasks:
             return Stage("tasks", (), Memory())
-        works = tuple(judging.tasks(model, settings) for model in (self.dense, self.pruned))
-        return Stage("tasks", works, self.memory.judge(), 2 * judging.task_tokens(settings)[0])
+        models, tokens = (self.dense, self.pruned), 2 * judging.task_tokens(settings)[0]
+        works = [judging.tasks(model, settings) for model in models]
+        if not self.memory.is_streamed:
+            return Stage("tasks", tuple(works), self.memory.judge(), tokens)
+        room = judging.SPREAD_SHARE * self.hardware.usable_bytes
+        devices = self.hardware.devices
+        works += [judging.spread(model, settings, devices * room) for model in models]
+        return Stage("tasks", tuple(works), self.memory.spread(room, devices), tokens)
 
     def speed(self) -> Stage:
         """Return timing of both models and the continuations in the report."""

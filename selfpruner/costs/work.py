@@ -21,6 +21,7 @@ class Work:
         solves: whether they are factorisations and triangular solves, not products.
         bytes: read from memory.
         layers: decoder layers started one by one.
+        offloaded: bytes of weights read from where the device's own memory had no room for them.
         disk: bytes read or written there.
         waiting: seconds that no device shortens.
     """
@@ -30,6 +31,7 @@ class Work:
     solves: bool = False
     bytes: float = 0.0
     layers: float = 0.0
+    offloaded: float = 0.0
     disk: float = 0.0
     waiting: float = 0.0
 
@@ -38,8 +40,9 @@ class Work:
         computing = self.flops / hardware.flops(self.precision, solves=self.solves)
         reading = self.bytes / (1e9 * hardware.bandwidth_gb)
         starting = self.layers * hardware.layer_ms / 1000
+        moving = self.offloaded / (1e9 * (hardware.offload_gb or hardware.disk_gb))
         rest = self.disk / (1e9 * hardware.disk_gb) + self.waiting
-        return max(computing, reading, starting) + rest
+        return max(computing, reading, starting) + moving + rest
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ def times(work: Work, count: float) -> Work:
         flops=count * work.flops,
         bytes=count * work.bytes,
         layers=count * work.layers,
+        offloaded=count * work.offloaded,
         disk=count * work.disk,
         waiting=count * work.waiting,
     )

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from evaluators.memory import weight_bytes
-from pruning import refit
+from pruning import loading, refit
 from pruning.elastic import ElasticModel
 from pruning.elastic_layer import ElasticLayer, Recipe
 from pruning.families import family_of
@@ -21,7 +21,7 @@ from pruning.reconstruction import ridge
 from pruning.spool import Spool
 from pruning.statistics import stream_statistics
 from selfpruner.config import CONFIGS, RunConfig, load_config
-from selfpruner.costs import memory, scoring, surgery
+from selfpruner.costs import judging, memory, scoring, surgery
 from selfpruner.costs.memory import MemoryModel
 from selfpruner.costs.work import Running
 from selfpruner.fitness import TEXT_TERMS
@@ -118,6 +118,7 @@ def test_gram_matrices_have_the_operations_that_are_counted() -> None:
 def test_constants_are_the_program_s_own() -> None:
     cache = inspect.signature(ElasticModel.__init__).parameters["cache_bytes"].default
     assert cache == memory.CACHE_BYTES
+    assert loading.SPREAD_SHARE == judging.SPREAD_SHARE
     assert len(refit.RIDGES) == surgery.REFIT_RIDGES
     assert len(ridge.RIDGES) == surgery.RANK_RIDGES
     assert scoring.TEXT_TERMS == TEXT_TERMS

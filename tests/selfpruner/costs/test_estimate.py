@@ -136,7 +136,7 @@ def test_devices_hold_more_cost_more_and_shorten_nothing(estimated: Estimating) 
     assert "(not built), the 4 asked for are enough; or one with 188 GiB." in notes(four)[1]
 
 
-STREAMED = ("memory=streamed", "data.choices=0", "evaluation.tasks=[]", "search.allocator=cma")
+STREAMED = ("memory=streamed", "data.choices=0", "search.allocator=cma")
 
 
 def test_streamed_a_70b_model_fits_one_device_and_pays_with_reading(
@@ -151,6 +151,31 @@ def test_streamed_a_70b_model_fits_one_device_and_pays_with_reading(
     assert seconds(streamed, "select") > seconds(whole, "select")
     assert [x.name for x in streamed.stages] == [x.name for x in whole.stages if x.name != "speed"]
     assert streamed.scratch_bytes > whole.weight_bytes
+
+
+def test_tasks_of_a_streamed_run_take_the_devices_there_are(estimated: Estimating) -> None:
+    one, two = (
+        estimated(*STREAMED, config="llama2_70b_49b", hardware="h200", devices=count)
+        for count in (1, 2)
+    )
+    usable = one.hardware.usable_bytes
+    assert stage(one, "tasks").memory.weights == pytest.approx(0.9 * usable)
+    assert stage(two, "tasks").memory.weights == pytest.approx(one.weight_bytes / 2)
+    assert stage(one, "tasks").devices_needed == stage(two, "tasks").devices_needed == 1
+    # What one device does not hold is moved once a batch of 8 rows of 64 tokens.
+    batches = stage(one, "tasks").tokens / 2 / (8 * 64)
+    moved = batches * (one.weight_bytes - 0.9 * usable) / 10e9
+    assert seconds(one, "tasks") - seconds(two, "tasks") == pytest.approx(moved, rel=0.01)
+    assert one.peak.name == "tasks"
+    assert two.peak.name == "refit"
+
+
+def test_tasks_of_a_streamed_run_that_fits_cost_an_opening(estimated: Estimating) -> None:
+    whole, streamed = (estimated(*x) for x in (STREAMED[1:], STREAMED))
+    read = (whole.weight_bytes + streamed.parameters_pruned * 2) / 1e9
+    extra = seconds(streamed, "tasks") - seconds(whole, "tasks")
+    assert extra == pytest.approx(read, rel=0.01)
+    assert stage(streamed, "tasks").memory.pruned == 0
 
 
 def test_money_is_rent_and_what_the_endpoint_charges(estimated: Estimating) -> None:
