@@ -39,12 +39,11 @@ DEFAULT = "best"
 UNIFORM = ("uniform_mlp, our correction", "uniform, our correction")
 WANDA = ("wanda_sp, frozen", "wanda_sp, sequential")
 
-# The default searches as in configs/demo.yaml; the price is that of 40 evaluations on 4,096 tokens.
+# The default searches on windows, at the price of 40 evaluations on 4,096 tokens.
 WINDOWS = {
     "search.window": 4,
     "search.evaluations": 80,
     "search.population": 8,
-    "search.llm_share": 0.3,
     "search.crossover": 5,
     "search.mutate": 8,
     "search.racing.bound": None,

@@ -14,7 +14,7 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from selfpruner.config import CONFIGS, RunConfig, load_config
+from selfpruner.config import CONFIGS
 from selfpruner.experiment import run_experiment
 from selfpruner.experiment_study import Study
 from selfpruner.experiment_table import table
@@ -45,8 +45,8 @@ def main() -> None:
 
 def _default() -> str:
     """Return the allocator of the default recipe."""
-    config: RunConfig = load_config(CONFIGS / "demo.yaml")
-    return config.search.allocator
+    allocator: str = read_mapping(CONFIGS / "recipes" / "best.yaml")["search"]["allocator"]
+    return allocator
 
 
 def _against(study: Study, default: str) -> str:
