@@ -55,7 +55,11 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
     UNIFORM[0]: {"search.allocator": "uniform_mlp"},
     UNIFORM[1]: {"search.allocator": "uniform"},
     "flap": {"recipe": "flap"},
-    "self_pruner": {"recipe": "self_pruner", "data.search.tokens": 4096},
+    "self_pruner": {
+        "recipe": "self_pruner",
+        "search.evaluations": 40,
+        "data.search.tokens": 4096,
+    },
     WANDA[0]: {"recipe": "wanda_sp", "pruning.statistics": "frozen"},
     WANDA[1]: {"recipe": "wanda_sp"},
 }

@@ -20,6 +20,7 @@ from selfpruner.experiment_study import Study
 from selfpruner.experiment_table import table
 from selfpruner.progress import Progress
 from selfpruner.workforce import Workforce
+from selfpruner.yaml_text import read_mapping
 
 FILE = CONFIGS / "experiments" / "search.yaml"
 RESULTS = Path(__file__).parent / "results" / "search.jsonl"

@@ -206,6 +206,8 @@ def load_config(
 ) -> RunConfig:
     """Return the configuration of file `path`: recipe, then the file, then the command line.
 
+    A recipe that the command line names takes the place of the file's and goes over the file.
+
     Args:
         path: YAML file.
         model: takes the place of the file's model.
@@ -215,9 +217,13 @@ def load_config(
     Raises:
         ValueError: one line for each thing that is wrong, with what is allowed and where.
     """
-    own = _layers(None, path, model, budget, settings)
-    recipe = _recipe_path(own.data.get("recipe", "best"), own.origin("recipe", str(path)))
-    return _validated(_layers(recipe, path, model, budget, settings), str(path))
+    file = read_mapping(path), str(path)
+    own = _layers([file], model, budget, settings)
+    origin = own.origin("recipe", str(path))
+    recipe = _recipe_path(own.data.get("recipe", "best"), origin)
+    defaults = _recipe_defaults(recipe), str(recipe)
+    below = [file, defaults] if origin == _option("recipe") else [defaults, file]
+    return _validated(_layers(below, model, budget, settings), str(path))
 
 
 def parse_config(text: str, where: str) -> RunConfig:
@@ -232,17 +238,15 @@ def parse_config(text: str, where: str) -> RunConfig:
 
 
 def _layers(
-    recipe: Path | None,
-    path: Path,
+    files: Sequence[tuple[dict[str, Any], str]],
     model: str | None,
     budget: str | None,
     settings: Sequence[str],
 ) -> Layers:
-    """Return the recipe's settings, the file's over them and the command line's on top."""
+    """Return the settings of files, later over earlier, and the command line's on top."""
     layers = Layers()
-    if recipe is not None:
-        layers.add(_recipe_defaults(recipe), str(recipe))
-    layers.add(read_mapping(path), str(path))
+    for data, where in files:
+        layers.add(data, where)
     if model is not None:
         layers.add({"model": model}, "--model")
     if budget is not None:
@@ -250,8 +254,13 @@ def _layers(
         layers.add({"budget": {name: value}}, "--budget")
     for text in settings:
         name, value = _assignment(text, "--set")
-        layers.set(name, value, f"--set {name}")
+        layers.set(name, value, _option(name))
     return layers
+
+
+def _option(name: str) -> str:
+    """Return what the command line calls a setting."""
+    return f"--set {name}"
 
 
 def _assignment(text: str, option: str) -> tuple[str, Any]:

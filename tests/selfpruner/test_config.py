@@ -103,7 +103,10 @@ def write(tmp_path: Path) -> Write:
         ("data: {report: [{tokens: 3}]}", "data.report.0.tokens: got 3; allowed: null or"),
         ("data: {calibrate: {source: wikitext2}}", "it is reported only"),
         ("data: {search: {source: passagse}}", "did you mean passages?"),
-        ("driver: {kind: none}", "driver.kind: got 'none'; search.allocator hybrid needs a driver"),
+        (
+            "driver: {kind: none}\nsearch: {allocator: hybrid}",
+            "driver.kind: got 'none'; search.allocator hybrid needs a driver",
+        ),
         ("search: {min_rate: 0.95}", "search.min_rate: got 0.95"),
         ("recipe: bset", "recipe: got 'bset'; allowed: best, flap, self_pruner, wanda_sp"),
         ("model: n", "line 2: key model given twice"),
@@ -170,9 +173,15 @@ def test_later_layers_win_key_by_key(write: Write) -> None:
     assert config.pruning.target == "cpu"  # default
 
 
-def test_recipe_can_come_from_the_command_line(write: Write) -> None:
-    config = load_config(write("model: m\nrecipe: best"), settings=["recipe=wanda_sp"])
-    assert config.recipe == "wanda_sp"
+def test_a_recipe_from_the_command_line_goes_over_the_file(write: Write) -> None:
+    path = write("model: m\nrecipe: best\nsearch: {allocator: hybrid, population: 8, window: 4}")
+    config = load_config(path, settings=["search.crossover=5", "recipe=self_pruner"])
+    assert config.recipe == "self_pruner"
+    assert config.search.allocator == "llm"
+    assert config.search.population == 30  # recipe over file
+    assert config.search.window == 4  # the recipe says nothing of it
+    assert config.search.crossover == 5  # command line over recipe
+    assert config.pruning.attention_metric is None  # nothing of the file's recipe is left
     assert config.pruning.metric == "wanda_sp"
 
 

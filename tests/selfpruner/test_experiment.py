@@ -139,10 +139,10 @@ def test_a_digest_outlives_a_setting_that_is_added(tmp_path: Path) -> None:
 def test_roles_are_told_from_the_search_or_declared(tmp_path: Path) -> None:
     arms = {
         "genetic": {"search.allocator": "genetic"},
-        "moves": {},
+        "moves": {"search.allocator": "llm"},
         "shared": {"search.allocator": "hybrid"},
         "shared_none": {"search.allocator": "hybrid", "search.llm_share": 0.0},
-        "fake": {"search.strategy": "paper"},
+        "fake": {"search.allocator": "llm", "search.strategy": "paper"},
     }
     plan = load_experiment(_experiment(tmp_path, arms=arms, roles={"fake": "placebo"}))
     assert plan.roles == {
@@ -158,10 +158,10 @@ def test_roles_are_told_from_the_search_or_declared(tmp_path: Path) -> None:
 
 def test_a_placebo_belongs_to_the_arm_that_it_copies(tmp_path: Path) -> None:
     arms: dict[str, Any] = {
-        "moves": {},
-        "paper": {"search.strategy": "paper"},
-        "moves_fake": {},
-        "paper_fake": {"search.strategy": "paper"},
+        "moves": {"search.allocator": "llm"},
+        "paper": {"search.allocator": "llm", "search.strategy": "paper"},
+        "moves_fake": {"search.allocator": "llm"},
+        "paper_fake": {"search.allocator": "llm", "search.strategy": "paper"},
     }
     roles = {"moves_fake": "placebo", "paper_fake": "placebo"}
     plan = load_experiment(_experiment(tmp_path, arms=arms, roles=roles))
