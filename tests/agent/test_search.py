@@ -16,7 +16,7 @@ import pytest
 
 import agent.graph
 from agent.allocators import uniform
-from agent.candidate import Candidate
+from agent.candidate import Candidate, Scores
 from agent.cma import sampled_shares
 from agent.drivers.driver import Completion, MayRetry, Request
 from agent.graph import SearchResult, build_graph, picture, run_search
@@ -180,7 +180,7 @@ def test_cma_is_told_of_its_own_samples_only(scene: Scene, tmp_path: Path) -> No
             own.ledger.add_candidate(candidate)
             mixed.ledger.add_candidate(candidate)
             continue
-        lucky: dict[str, Any] = {"fitness": -1.0, "stderr": 0.0, "sequences": 4}
+        lucky: Scores = {"fitness": -1.0, "stderr": 0.0, "sequences": 4}
         mixed.ledger.add_candidate(replace(candidate, origin="llm", scores=lucky))
     assert len(mixed.ledger.candidates()) == len(own.ledger.candidates()) + 1
     assert (sampled_shares(mixed, 2, 0) == sampled_shares(own, 2, 0)).all()
