@@ -15,7 +15,6 @@ from agent.candidate import Candidate
 from agent.population import generator
 
 Arm = Literal["llm", "classical"]
-Share = float | Literal["learned"]
 
 FLOOR = 0.1
 """Least probability of either arm: both go on being tried."""
@@ -52,23 +51,25 @@ class Belief:
         return (1 + self.successes) / (2 + self.successes + self.failures)
 
 
-def asks_llm(
-    candidates: Sequence[Candidate], seed: int, generation: int, slot: int, share: Share
-) -> bool:
-    """Return whether the LLM is asked for proposal number `slot` of one operator.
+def takes_turn(number: int, share: float) -> bool:
+    """Return whether the LLM makes proposal `number` of its operator, counted from 0.
+
+    `share`, 0 to 1, is spread evenly over the numbers, alike in every generation.
+    """
+    classical = 1 - share
+    return int((number + 1) * classical + _ROUNDING) == int(number * classical + _ROUNDING)
+
+
+def draws_llm(candidates: Sequence[Candidate], seed: int, generation: int, slot: int) -> bool:
+    """Return whether the learned share gives a slot to the LLM; every slot has a draw of its own.
 
     Args:
         candidates: of the ledger; only those of generations before `generation` count.
         seed: of the search.
         generation: of the proposal.
-        slot: number among the proposals of its operator, from 0.
-        share: of proposals that the LLM is asked for: 0 to 1, spread evenly over slots alike in
-            every generation, or `learned`.
+        slot: its number in its generation, all operators counted.
     """
-    if share == "learned":
-        return _drawn(beliefs(candidates, generation), seed, generation, slot) == "llm"
-    classical = 1 - share
-    return int((slot + 1) * classical + _ROUNDING) == int(slot * classical + _ROUNDING)
+    return _drawn(beliefs(candidates, generation), seed, generation, slot) == "llm"
 
 
 def beliefs(candidates: Sequence[Candidate], generation: int) -> dict[Arm, Belief]:

@@ -18,7 +18,7 @@ def sampled_shares(context: SearchContext, generation: int, slot: int) -> Floats
     Separable CMA-ES (Ros and Hansen, PPSN 2008): with some sixty shares and a few dozen
     evaluations there is no learning of a full covariance. It starts in generation 1 from the best
     plan of generation 0; a sample is told with the fitness of the plan that it was projected to,
-    and one that had no plan of its own counts as the worst.
+    and one that had no plan of its own, such as one whose slot the LLM filled, counts as the worst.
     """
     from cmaes import SepCMA  # brings scipy.stats, a second that only a search by it shall wait
 
@@ -34,11 +34,16 @@ def sampled_shares(context: SearchContext, generation: int, slot: int) -> Floats
         population_size=size,
     )
     for earlier in range(1, generation):
-        made = {x.slot: x for x in candidates if x.generation == earlier}
+        made = {x.slot: x for x in candidates if x.generation == earlier and _is_sample(x)}
         asked = [strategy.ask() for _ in range(size)]
         strategy.tell([(x, _fitness(made, i)) for i, x in enumerate(asked)])
     sample: Floats = [strategy.ask() for _ in range(slot + 1)][slot]
     return sample.reshape(layers, 2)
+
+
+def _is_sample(candidate: Candidate) -> bool:
+    """Return whether the strategy made the plan, not the LLM of a hybrid search."""
+    return candidate.origin in ("classical", "fallback")
 
 
 def _fitness(made: dict[int, Candidate], slot: int) -> float:

@@ -163,13 +163,13 @@ class _Calls(Generic[T]):
 
     def _limit(self, i: int) -> str | None:
         """Set aside the worst case of a call, or return the limit that it might pass."""
-        limit = self.purse.reserve(i, _worst(self.context, self.questions[i]))
-        return "seconds" if limit is None and self.context.spending.is_late else limit
+        if self.context.spending.is_late:
+            return "seconds"
+        return self.purse.reserve(i, _worst(self.context, self.questions[i]))
 
     def _skip(self, i: int, limit: str) -> None:
         """Log that a call is not made."""
         self.skipped.add(i)
-        self.purse.settle(i, Charge())
         nothing = Completion(i, None, 0, 0, 0.0, "")
         self._log(replace(self._line(i, nothing), outcome=f"skipped: search.{limit}"))
 

@@ -32,7 +32,8 @@ def estimate(context: SearchContext) -> Estimate:
     first = min(settings.population, plans)
     brood, beside = settings.crossover + settings.mutate, int(settings.window is not None)
     generations = math.ceil((plans - first) / (brood + beside))
-    asked = sum(is_asked(context, 0, i) for i in range(plans - beside * generations))
+    slots = [Slot(0, i, "generate") for i in range(plans - beside * generations)]
+    asked = sum(is_asked(context, x, x.index) for x in slots)
     calls = math.ceil((asked + generations) * _REPAIRS)
     calls = calls if settings.calls is None else min(calls, settings.calls)
     messages = plan_question(context, Slot(0, 1, "generate")).messages

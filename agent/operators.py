@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent import population
-from agent.bandit import asks_llm
+from agent.bandit import draws_llm, takes_turn
 from agent.candidate import Candidate, Origin
 from agent.classical import CLASSICAL, Classical
 from agent.conversation import Answer, ask
@@ -56,9 +56,7 @@ def propose(
     """
     seen = {x.key for x in context.ledger.candidates() if x.generation < generation} | {*pending}
     made = _begun(context, slots, seen) if generation == 0 else {}
-    asked = [
-        s for i, s in enumerate(slots) if s.index not in made and is_asked(context, generation, i)
-    ]
+    asked = [s for i, s in enumerate(slots) if s.index not in made and is_asked(context, s, i)]
     answers = ask(context, generation, [plan_question(context, s) for s in asked])
     given = {s.index: a for s, a in zip(asked, answers, strict=True)}
     for slot in slots:
@@ -102,9 +100,9 @@ def choose_parents(context: SearchContext, generation: int, slot: int) -> list[C
     settings = context.settings
     pool = ranked(context, settings.population, generation)
     wanted = min(len(pool), max(2, settings.shown))
-    if wanted > 1 and len(pool) > 2 and is_asked(context, generation, generation - 1):
+    place = Slot(generation, slot, "select")
+    if wanted > 1 and len(pool) > 2 and is_asked(context, place, generation - 1):
         listed = pool[: max(2 * wanted, settings.shown)]
-        place = Slot(generation, slot, "select")
         answer = ask(context, generation, [parents_question(context, place, listed, wanted)])[0]
         if answer.value is not None:
             by_id = {x.id: x for x in listed}
@@ -113,15 +111,18 @@ def choose_parents(context: SearchContext, generation: int, slot: int) -> list[C
     return list(operators_of(context).parents(pool, wanted, rng))
 
 
-def is_asked(context: SearchContext, generation: int, index: int) -> bool:
-    """Return whether the LLM is asked for number `index`; the classical share is spread evenly.
+def is_asked(context: SearchContext, slot: Slot, number: int) -> bool:
+    """Return whether the LLM is asked for a slot, the proposal `number` of its operator.
 
     The one plan that windows end a search with is classical where there is a classical share.
     """
     share = context.settings.share_asked
-    if share != 1 and context.spending.is_last(generation):
+    if share != 1 and context.spending.is_last(slot.generation):
         return False
-    return asks_llm(context.ledger.candidates(), context.seed, generation, index, share)
+    if share == "learned":
+        candidates = context.ledger.candidates()
+        return draws_llm(candidates, context.seed, slot.generation, slot.index)
+    return takes_turn(number, share)
 
 
 def _settled(

@@ -135,7 +135,10 @@ class SearchSettings(BaseModel):
         None, ge=0, description="limit on money, in the currency of driver.price; null: none"
     )
     seconds: float | None = Field(
-        None, gt=0, description="limit on seconds, asked before each operator; null: none"
+        None,
+        gt=0,
+        description="limit on seconds, asked before each call of the LLM and after each "
+        "generation; null: none",
     )
     operators: Operators = Field(
         "genetic",

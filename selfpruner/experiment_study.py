@@ -107,9 +107,18 @@ class Study:
 
     @property
     def arms(self) -> list[str]:
-        """Arms with finished cells, the best mean first."""
-        found = {x["cell"]["arm"] for x in self.rows}
-        return sorted(found, key=lambda arm: (statistics.fmean(self.values(arm).values()), arm))
+        """Arms with finished cells, the best mean first.
+
+        Means are over the units that all arms have finished, where there are any: units differ in
+        how hard they are, and an arm that waits for the hardest would lead.
+        """
+        values = {x["cell"]["arm"]: self.values(x["cell"]["arm"]) for x in self.rows}
+        shared = set.intersection(*map(set, values.values())) if values else set()
+        means = {
+            arm: statistics.fmean(x for unit, x in own.items() if unit in shared or not shared)
+            for arm, own in values.items()
+        }
+        return sorted(means, key=lambda arm: (means[arm], arm))
 
     @property
     def settings(self) -> list[tuple[str, str]]:
@@ -165,7 +174,8 @@ class Study:
         It does where an arm of role llm beats the best classical arm (its paired difference is
         below 0, Holm-adjusted p below ALPHA over at least LEAST_UNITS units) and its placebos
         show that what the LLM is told is the cause: none of them beats that control as well, and
-        the arm beats each of them. Without a placebo nothing is claimed.
+        the arm beats each of them. Without a placebo, or before all are finished, nothing is
+        claimed.
         """
         if "llm" not in self.roles.values():
             return Verdict(False, ())
@@ -192,11 +202,14 @@ class Study:
         found = against[arm]
         if not found.is_gain:
             return False, f"{arm}: {_doubt(found)}"
-        placebos = [name for one, name in removed if one == arm]
-        if not placebos:
+        placebos = self.placebos.get(arm, ())
+        missing = [name for name in placebos if (arm, name) not in removed]
+        if missing or not placebos:
+            some = len(missing) < len(placebos)
+            lack = f"its placebo {missing[0]} is not" if some else "no placebo of it is"
             return False, (
-                f"{arm}: {_gain(found)}, but no placebo of it is finished, so that the cause may "
-                "be the search around the LLM."
+                f"{arm}: {_gain(found)}, but {lack} finished, so that the cause may be the search "
+                "around the LLM."
             )
         for name in placebos:
             if against[name].is_gain:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +36,8 @@ class Progress:
         self._stream = stream if stream is not None else sys.stderr
         self._interval = interval
         self._clock = clock
-        self._bars: RichProgress | None = _bars(self._stream) if self._stream.isatty() else None
+        is_terminal = self._stream.isatty()
+        self._bars: RichProgress | None = _bars(self._stream, clock) if is_terminal else None
         self._open = 0
 
     def __enter__(self) -> Self:
@@ -53,17 +55,18 @@ class Progress:
             self._bars.stop()
 
     @contextmanager
-    def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
+    def stage(self, name: str, total: int | None = None, done: int = 0) -> Iterator[Advance]:
         """Time and show one stage; the value is `advance(n=1)`, counted towards `total`.
 
         Args:
             name: what is going on, in a word or two.
             total: number of steps, or None when unknown.
+            done: steps that were done before; the time left is reckoned without them.
         """
         started = self._clock()
         display = self._bar if self._bars is not None else self._lines
         try:
-            with display(name, total) as advance:
+            with display(name, total, done) as advance:
                 yield advance
         finally:
             spent = self._clock() - started
@@ -77,7 +80,7 @@ class Progress:
             print(text, file=self._stream, flush=True)
 
     @contextmanager
-    def _bar(self, name: str, total: int | None) -> Iterator[Advance]:
+    def _bar(self, name: str, total: int | None, done: int) -> Iterator[Advance]:
         """Show the stage as a bar that stays when it is done."""
         bars = self._bars
         assert bars is not None
@@ -85,6 +88,7 @@ class Progress:
             bars.start()
         self._open += 1
         task = bars.add_task(name, total=total)
+        bars.advance(task, done)  # the first advance is where rich begins to measure
         try:
             yield lambda n=1: bars.advance(task, n)
             bars.update(task, total=bars.tasks[task].completed or 1, completed=None)
@@ -95,10 +99,10 @@ class Progress:
                 bars.stop()
 
     @contextmanager
-    def _lines(self, name: str, total: int | None) -> Iterator[Advance]:
+    def _lines(self, name: str, total: int | None, done: int) -> Iterator[Advance]:
         """Show the stage as plain lines."""
         started = last = self._clock()
-        done = 0
+        before = done
 
         def advance(n: int = 1) -> None:
             nonlocal done, last
@@ -106,18 +110,21 @@ class Progress:
             now = self._clock()
             if now - last >= self._interval:
                 last = now
-                self.note(_line(name, done, total, now - started))
+                self.note(_line(name, done, total, now - started, before))
 
         yield advance
         count = f" {done}/{total}" if total else ""
         self.note(f"{name}{count} done in {_duration(self._clock() - started)}")
 
 
-def _line(name: str, done: int, total: int | None, spent: float) -> str:
-    """Return one line of a log: name, count, time spent and, where known, time left."""
-    if total is None or done <= 0:
+def _line(name: str, done: int, total: int | None, spent: float, before: int) -> str:
+    """Return one line of a log: name, count, time spent and, where known, time left.
+
+    `before` of the steps done took none of the time spent.
+    """
+    if total is None or done <= before:
         return f"{name} {done}, {_duration(spent)}"
-    left = max(total - done, 0) * spent / done
+    left = max(total - done, 0) * spent / (done - before)
     return f"{name} {done}/{total}, {_duration(spent)}, {_duration(left)} left"
 
 
@@ -133,7 +140,7 @@ def _duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _bars(stream: TextIO) -> RichProgress:
+def _bars(stream: TextIO, clock: Callable[[], float]) -> RichProgress:
     """Return rich's bars with count, time spent and time left."""
     from rich.console import Console
     from rich.progress import (
@@ -152,4 +159,6 @@ def _bars(stream: TextIO) -> RichProgress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=Console(file=stream),
+        get_time=clock,
+        speed_estimate_period=math.inf,  # a step may take longer than any shorter one
     )

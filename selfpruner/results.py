@@ -64,6 +64,8 @@ class BudgetNumbers(Record):
 class SearchNumbers(Record):
     """How the plan was found. `driver` and `strategy` are None where no LLM took part.
 
+    `placebo` is what was hidden from the LLM, None where nothing was: such a run is a control.
+
     `evaluations` are plans scored, `equivalents` full evaluations charged for them (None in results
     of a version without racing). `llm_failures` are calls without a reply, `duplicates` replies
     with a plan known already; `stopped` names the limit that ended the search. `best_fitness` is
@@ -74,6 +76,7 @@ class SearchNumbers(Record):
     allocator: str
     driver: str | None
     strategy: str | None
+    placebo: Literal["layers", "fitness", "name"] | None = None
     evaluations: NonNegativeInt
     equivalents: NonNegativeFloat | None = None
     llm_calls: NonNegativeInt

@@ -55,11 +55,11 @@ def search(
         if context.driver is not None:
             stack.enter_context(closing(context.driver))
         _announce(context, progress)
-        advance = stack.enter_context(progress.stage("search", config.search.evaluations))
-        advance(int(context.ledger.equivalents()))
+        limit, done = config.search.evaluations, int(context.ledger.equivalents())
+        advance = stack.enter_context(progress.stage("search", limit, done))
         control = RunControl()
         stack.enter_context(draining(control, progress.note))
-        tell = _narrator(advance, progress, int(context.ledger.equivalents()))
+        tell = narrator(advance, progress, done)
         try:
             return run_search(context, folder.checkpoints, on_event=tell, control=control)
         except SearchDrainedError as drained:
@@ -116,21 +116,26 @@ def _announce(context: SearchContext, progress: Progress) -> None:
         progress.note(f"estimate: {guess.calls} calls of the LLM, {guess.tokens} tokens{cost}")
 
 
-def _narrator(
+def narrator(
     advance: Callable[..., None], progress: Progress, done: int
 ) -> Callable[[Event], None]:
     """Return a listener that moves the bar and prints a line a generation and a failure.
 
+    Candidates are told one by one when their whole generation is scored. The bar moves once for
+    all of them: after the first one it would show a generation's time for a single plan.
+
     `done`: full evaluations that the bar shows already.
     """
+    now = done
 
     def tell(event: Event) -> None:
-        nonlocal done
+        nonlocal done, now
         if event["kind"] in ("candidate", "probe"):
             now = int(event["equivalents"])
+        if event["kind"] in ("generation", "probe"):
             advance(now - done)
             done = now
-        elif event["kind"] == "llm" and event["outcome"].startswith(("failed", "skipped")):
+        if event["kind"] == "llm" and event["outcome"].startswith(("failed", "skipped")):
             progress.note(f"LLM call of generation {event['generation']}: {event['outcome']}")
         elif event["kind"] == "down":
             progress.note(f"no LLM from here on: {event['reason']}")

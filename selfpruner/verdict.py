@@ -177,12 +177,13 @@ def _spread_tasks(
 
 def _search_numbers(config: RunConfig, outcome: Outcome) -> SearchNumbers:
     found = outcome.found
-    asks_llm = config.search.asks_llm
+    asks_llm, placebo = config.search.asks_llm, config.search.placebo
     driver = ", then ".join(f"{x.kind}: {x.model or config.model}" for x in config.driver.chain)
     return SearchNumbers(
         allocator=config.search.allocator,
         driver=driver if asks_llm else None,
         strategy=config.search.strategy if asks_llm else None,
+        placebo=placebo if asks_llm and placebo != "none" else None,
         evaluations=found.evaluations,
         equivalents=found.equivalents,
         llm_calls=found.llm_calls,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from agent.bandit import FLOOR, asks_llm, beliefs, reward
+from agent.bandit import FLOOR, beliefs, draws_llm, reward, takes_turn
 from agent.candidate import Candidate, Origin
+from agent.graph import run_search
 
 SLOTS = 12
 
@@ -44,9 +48,8 @@ def searched(
     for generation in range(first, first + generations):
         parent = min(known, key=lambda x: x.fitness)
         for slot in range(SLOTS):
-            origin: Origin = (
-                "llm" if asks_llm(known, seed, generation, slot, "learned") else "classical"
-            )
+            asked = draws_llm(known, seed, generation, slot)
+            origin: Origin = "llm" if asked else "classical"
             step = -1.0 if rng.random() < rates[origin] else 1.0
             fitness = parent.fitness + step * rng.random()
             known.append(candidate(len(known), generation, origin, fitness, (parent.id,)))
@@ -60,18 +63,17 @@ def llm_share(known: list[Candidate], since: int) -> float:
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.3, 1 / 3, 0.5, 0.6, 0.7, 0.9, 1.0])
 def test_a_fixed_share_is_spread_evenly(share: float) -> None:
-    asked = [asks_llm([], 0, 5, slot, share) for slot in range(1000)]
+    asked = [takes_turn(number, share) for number in range(1000)]
     for start, count in itertools.product(range(0, 900, 37), (1, 4, 12, 60)):
         assert abs(sum(asked[start : start + count]) - share * count) <= 1
-    assert asked == [asks_llm([], 9, 0, slot, share) for slot in range(1000)]
 
 
 @pytest.mark.parametrize("classical", [i / 20 for i in range(21)])
 def test_a_fixed_share_is_the_rest_of_the_classical_one(classical: float) -> None:
     """The classical operator's turns are those at which its running count grows by one."""
-    for slot in range(2000):
-        before, after = (int(x * classical + 1e-9) for x in (slot, slot + 1))
-        assert asks_llm([], 0, 0, slot, 1 - classical) == (after == before)
+    for number in range(2000):
+        before, after = (int(x * classical + 1e-9) for x in (number, number + 1))
+        assert takes_turn(number, 1 - classical) == (after == before)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -91,7 +93,7 @@ def test_equal_arms_are_both_asked() -> None:
 def test_neither_arm_falls_below_the_floor(rates: tuple[float, float], least: str) -> None:
     known = searched(dict(zip(("llm", "classical"), rates, strict=True)), 40, 0)
     generation = known[-1].generation + 1
-    asked = [asks_llm(known, seed, generation, 3, "learned") for seed in range(1500)]
+    asked = [draws_llm(known, seed, generation, 3) for seed in range(1500)]
     share = np.mean(asked) if least == "llm" else 1 - np.mean(asked)
     assert share == pytest.approx(FLOOR, abs=0.025)
 
@@ -109,18 +111,16 @@ def test_a_decision_depends_on_earlier_generations_and_the_seed_alone() -> None:
         before = [x for x in known if x.generation < generation]
         for slot in range(SLOTS):
             decisions = {
-                asks_llm(x, 7, generation, slot, "learned")
+                draws_llm(x, 7, generation, slot)
                 for x in (before, known, [*before, candidate(999, generation, "llm", -1e9)])
             }
             assert len(decisions) == 1
-    drawn = [
-        [asks_llm(known, seed, 10, slot, "learned") for slot in range(100)] for seed in (1, 1, 2)
-    ]
+    drawn = [[draws_llm(known, seed, 10, slot) for slot in range(100)] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     grown: list[Candidate] = []
     for x in known:  # a search that was cut anywhere goes on as it would have
         if x.generation:
-            asked = asks_llm(grown, 0, x.generation, (x.id - 1) % SLOTS, "learned")
+            asked = draws_llm(grown, 0, x.generation, (x.id - 1) % SLOTS)
             assert asked == (x.origin == "llm")
         grown.append(x)
 
@@ -167,7 +167,31 @@ def test_tokens_decide_between_arms_that_are_equally_good() -> None:
         origin: Origin = "llm" if number % 2 else "classical"
         fitness = -1.0 if number % 4 < 2 else 1.0
         known.append(candidate(number, 1, origin, fitness, (0,)))
-    asked = [asks_llm(known, seed, 2, 0, "learned") for seed in range(40)]
+    asked = [draws_llm(known, seed, 2, 0) for seed in range(40)]
     assert sum(asked) < 15
     free = [replace(x, tokens=7) for x in known]
-    assert sum(asks_llm(free, seed, 2, 0, "learned") for seed in range(40)) > 25
+    assert sum(draws_llm(free, seed, 2, 0) for seed in range(40)) > 25
+
+
+def test_operators_of_a_generation_draw_apart(scene: Callable[..., Any], tmp_path: Path) -> None:
+    """The n-th slot of a crossover and of a mutation are drawn for alone, and so are parents."""
+    move = '{"moves":[{"block":"mlp","take_from":0,"give_to":1,"units":3}]}'
+    context = scene(
+        allocator="hybrid",
+        llm_share="learned",
+        population=4,
+        crossover=4,
+        mutate=4,
+        evaluations=60,
+        replies=[move],
+    )
+    run_search(context, tmp_path / "checkpoints.sqlite")
+    asked = {(x.place.generation, x.place.slot) for x in context.driver.requests}
+    last = context.ledger.candidates()[-1].generation
+    same = [
+        ((generation, n) in asked) == ((generation, n + 4) in asked)
+        for generation in range(1, last + 1)
+        for n in range(4)
+    ]
+    assert len(same) >= 24
+    assert 0 < sum(same) < len(same)

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ import pytest
 
 import agent.graph
 from agent.allocators import uniform
-from agent.candidate import Candidate
+from agent.candidate import Candidate, Scores
+from agent.cma import sampled_shares
+from agent.drivers.driver import Completion, MayRetry, Request
 from agent.graph import SearchResult, build_graph, picture, run_search
 from agent.ledger import Ledger
 from agent.racing import NOT_FINITE
@@ -167,6 +169,23 @@ def test_cma_gets_better_than_where_it_began(scene: Scene, tmp_path: Path) -> No
     assert result.best.generation > 1
 
 
+def test_cma_is_told_of_its_own_samples_only(scene: Scene, tmp_path: Path) -> None:
+    """In a hybrid search a slot that the LLM filled says nothing of the sample of that slot."""
+    own, mixed = (
+        scene(allocator="hybrid", operators="cma", folder=tmp_path / x) for x in ("own", "mixed")
+    )
+    run(scene(allocator="cma", evaluations=20, folder=tmp_path / "cma"), tmp_path)
+    for candidate in Ledger(tmp_path / "cma").candidates():
+        if (candidate.generation, candidate.slot) != (1, 3):
+            own.ledger.add_candidate(candidate)
+            mixed.ledger.add_candidate(candidate)
+            continue
+        lucky: Scores = {"fitness": -1.0, "stderr": 0.0, "sequences": 4}
+        mixed.ledger.add_candidate(replace(candidate, origin="llm", scores=lucky))
+    assert len(mixed.ledger.candidates()) == len(own.ledger.candidates()) + 1
+    assert (sampled_shares(mixed, 2, 0) == sampled_shares(own, 2, 0)).all()
+
+
 def test_the_best_of_each_generation_is_assessed(scene: Scene, tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
     context = scene(evaluations=32)
@@ -314,6 +333,36 @@ def test_the_limit_on_seconds_ends_the_search(scene: Scene, tmp_path: Path) -> N
     result = run(scene(seconds=1.5, evaluations=1000), tmp_path)
     assert result.stopped == "seconds"
     assert result.evaluations == 8
+
+
+def test_a_call_that_is_too_late_is_skipped_for_the_time_it_lacks(
+    scene: Scene, tmp_path: Path
+) -> None:
+    """Nothing stays set aside for it that could make another limit seem reached."""
+    late: list[bool] = []
+
+    class Failing:
+        def complete(
+            self, requests: Sequence[Request], may_retry: MayRetry
+        ) -> Iterator[Completion]:
+            for number in range(len(requests)):
+                yield Completion(number, None, 10, 0, 0.0, "fake", failure="reset")
+                late.append(True)
+                assert not may_retry(number)
+
+        def close(self) -> None:
+            pass
+
+    context = scene(
+        allocator="llm", replies=[], population=1, seed_plan=False, seconds=60.0, calls=2
+    )
+    context = replace(context, driver=Failing(), clock=lambda: 100.0 * len(late))
+    result = run(context, tmp_path)
+    assert [x.outcome for x in context.ledger.lines()] == [
+        "failed: reset",
+        "skipped: search.seconds",
+    ]
+    assert result.stopped == "seconds"
 
 
 def test_llm_needs_a_driver(scene: Scene, tmp_path: Path) -> None:

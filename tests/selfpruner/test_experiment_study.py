@@ -158,6 +158,28 @@ def test_an_arm_must_beat_its_placebo_also_where_that_one_is_no_gain() -> None:
     assert "it does not beat its placebo" in verdict.reasons[0]
 
 
+def test_the_best_control_is_found_on_units_that_all_arms_have_finished() -> None:
+    """An arm that waits for the hardest unit has a lower mean of its own, not a better plan."""
+    rows = [_row("guided", seed, 0, [(1, 0, 1.0)]) for seed in range(2)]
+    rows += [_row("guided", seed, 0, [(1, 0, 5.0)], "hard") for seed in range(2)]
+    rows += [_row("genetic", seed, 0, [(1, 0, 1.2)]) for seed in range(2)]
+    rows += [_row("genetic", 0, 0, [(1, 0, 5.2)], "hard")]
+    study = _study(rows, {"guided": "classical", "genetic": "classical"})
+    assert study.arms == ["guided", "genetic"]
+    assert study.best_control == "guided"
+    apart = [*rows[:2], _row("genetic", 2, 0, [(1, 0, 0.9)])]
+    assert _study(apart, study.roles).arms == ["genetic", "guided"]
+
+
+def test_nothing_is_claimed_before_all_placebos_are_finished() -> None:
+    study = _race(12, llm=0.05, placebo=0.0)
+    waiting = {"moves": ("fake", "other")}
+    verdict = Study("e", study.rows, study.roles, waiting, None, 99).verdict()
+    assert study.verdict().helps
+    assert not verdict.helps
+    assert "its placebo other is not finished" in verdict.reasons[0]
+
+
 def test_without_arms_to_compare_nothing_is_claimed() -> None:
     rows = _flat("moves", [1.0] * 12)
     verdict = _study(rows, {"moves": "llm"}).verdict()

@@ -111,3 +111,10 @@ def test_hostile_text_stays_text() -> None:
     assert "{{ 1 }}" in body
     tables = [x for x in body.splitlines() if x.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", x)) for x in tables} == {4, 7}
+
+
+def test_a_placebo_is_named() -> None:
+    data = _sample()
+    data["search"]["placebo"] = "layers"
+    assert "under the placebo layers (a control)" in _card(data)[1]
+    assert "placebo" not in _card(_sample())[1]

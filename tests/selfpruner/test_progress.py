@@ -6,7 +6,9 @@ import io
 
 import pytest
 
+from agent.graph import Event
 from selfpruner.progress import Progress
+from selfpruner.searching import narrator
 
 
 class Clock:
@@ -87,3 +89,47 @@ def test_a_terminal_gets_bars_and_notes() -> None:
     assert "4/4" in shown
     assert "2/2" in shown
     assert "kept [1, 2]" in shown
+
+
+def test_the_time_left_is_reckoned_without_what_was_done_before() -> None:
+    clock, log = Clock(), io.StringIO()
+    with Progress(log, clock=clock).stage("search", 60, done=40) as advance:
+        clock.now += 50.0
+        advance(10)
+    assert log.getvalue().splitlines()[0] == "search 50/60, 50 s, 50 s left"
+
+
+@pytest.mark.parametrize("done", [0, 40])
+def test_a_bar_tells_the_time_left_of_steps_that_take_minutes(done: int) -> None:
+    clock, screen = Clock(), Terminal()
+
+    def stop() -> None:
+        with Progress(screen, clock=clock).stage("search", 60, done=done) as advance:
+            for _ in range(2):
+                clock.now += 100.0
+                advance(4)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop()
+    left = {0: "0:21:40", 40: "0:05:00"}[done]  # 52 or 12 steps of 25 s
+    assert left in screen.getvalue()
+
+
+def test_a_generation_moves_the_bar_once() -> None:
+    """All its plans are scored together; the first one told of did not take that long alone."""
+    clock, log = Clock(), io.StringIO()
+    progress = Progress(log, clock=clock)
+    told: list[Event] = [{"kind": "candidate", "equivalents": n} for n in (9.0, 10.0, 11.5, 12.0)]
+    told.append({"kind": "generation", "generation": 1, "best_fitness": 0.5, "accuracy": None,
+                 "speedup": None})  # fmt: skip
+    with progress.stage("search", 20, done=8) as advance:
+        tell = narrator(advance, progress, 8)
+        clock.now += 100.0
+        for event in told:
+            tell(event)
+    assert log.getvalue().splitlines() == [
+        "search 12/20, 1 min 40 s, 3 min 20 s left",
+        "generation 1: fitness 0.5000",
+        "search 12/20 done in 1 min 40 s",
+    ]

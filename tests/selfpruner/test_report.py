@@ -112,6 +112,26 @@ def test_ids_are_unique_and_references_resolve(tmp_path: Path) -> None:
     assert tags.names["svg"] == 10
 
 
+@pytest.mark.parametrize(
+    ("placebo", "words"),
+    [
+        ("layers", "the LLM was told of layers under false numbers."),
+        ("fitness", "the LLM was told the fitness of plans in a false order."),
+        ("name", "the LLM was not told the name of the model."),
+    ],
+)
+def test_a_run_under_a_placebo_is_called_a_control(
+    tmp_path: Path, placebo: str, words: str
+) -> None:
+    plain, data = _run(tmp_path / "plain", _sample()), _sample()
+    data["search"]["placebo"] = placebo
+    text = " ".join(_visible(_page(tmp_path / "run", data)).split())
+    assert f"This run is a control. Placebo {placebo}: {words}" in text
+    assert "control." not in _visible(write_report(plain).read_text(encoding="utf-8"))
+    both = write_comparison([plain, tmp_path / "run"], tmp_path / "out.html")
+    assert both.read_text(encoding="utf-8").count(f"(placebo {placebo})") == 1
+
+
 def test_two_writes_are_equal_byte_by_byte(tmp_path: Path) -> None:
     folder = _run(tmp_path / "run", _sample())
     first = write_report(folder).read_bytes()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from selfpruner.config import CONFIGS, load_config
 from selfpruner.results import NORMALISED, Difference, Results
+from selfpruner.verdict import _search_numbers
 
 SAMPLE = Path(__file__).parent / "results_sample.json"
 
@@ -40,6 +43,24 @@ def test_python_lists_and_whole_floats_are_accepted() -> None:
     data = _sample()
     data["search"]["wall_seconds"] = 412
     assert Results.model_validate(data).search.wall_seconds == 412.0
+
+
+@pytest.mark.parametrize(
+    ("allocator", "placebo", "want"),
+    [("hybrid", "none", None), ("hybrid", "fitness", "fitness"), ("genetic", "fitness", None)],
+)
+def test_a_placebo_is_that_of_a_search_with_an_llm(
+    allocator: str, placebo: str, want: str | None
+) -> None:
+    settings = [f"search.allocator={allocator}", f"search.placebo={placebo}"]
+    config = load_config(CONFIGS / "demo.yaml", settings=settings)
+    numbers = {**_sample()["search"], "seconds": 1.0, "lowest_fitness": 0.5}
+    outcome: Any = SimpleNamespace(
+        found=SimpleNamespace(**numbers),
+        selected=SimpleNamespace(fitness=0.5),
+        selection_fitness=0.6,
+    )
+    assert _search_numbers(config, outcome).placebo == want
 
 
 def test_results_are_frozen() -> None:
