@@ -203,6 +203,7 @@ def load_config(
     *,
     model: str | None = None,
     budget: str | None = None,
+    pick: str | None = None,
     settings: Sequence[str] = (),
 ) -> RunConfig:
     """Return the configuration of file `path`: recipe, then the file, then the command line.
@@ -211,6 +212,7 @@ def load_config(
         path: YAML file.
         model: takes the place of the file's model.
         budget: `kind=value`, takes the place of the whole budget.
+        pick: takes the place of `front.pick`.
         settings: `dotted.name=value`, values parsed as YAML, laid on top in order.
 
     Raises:
@@ -218,7 +220,10 @@ def load_config(
     """
     own = _layers(None, path, model, budget, settings)
     recipe = _recipe_path(own.data.get("recipe", "best"), own.origin("recipe", str(path)))
-    return _validated(_layers(recipe, path, model, budget, settings), str(path))
+    layers = _layers(recipe, path, model, budget, settings)
+    if pick is not None:
+        layers.set("front.pick", pick, "--pick")
+    return _validated(layers, str(path))
 
 
 def parse_config(text: str, where: str) -> RunConfig:

@@ -142,6 +142,10 @@ def test_each_problem_has_its_own_line(write: Write) -> None:
         ({"budget": "parameters=0"}, "--budget: budget.parameters: got 0"),
         ({"budget": "params=0.7"}, "--budget: unknown key budget.params; did you mean"),
         ({"settings": ["recipe=bset"]}, "--set recipe: recipe: got 'bset'"),
+        ({"settings": ["search.min_rate=0.95"]}, "--set search.min_rate: search.min_rate: got"),
+        ({"settings": ["front.pick=knee"]}, "--set front.pick: front.pick: got 'knee'"),
+        ({"pick": "knee"}, "--pick: front.pick: got 'knee'; allowed without front.targets"),
+        ({"pick": "best"}, "--pick: front.pick: got 'best'; allowed: 'budget', 'knee'"),
     ],
 )
 def test_refusals_of_the_command_line_name_the_option(
