@@ -248,7 +248,10 @@ def _layers(
     layers = Layers()
     if recipe is not None:
         layers.add(_recipe_defaults(recipe), str(recipe))
-    layers.add(read_mapping(path), str(path))
+    data = read_mapping(path)
+    if "base" in data and "model" not in data:
+        raise ValueError(f"{path}: an experiment; `selfpruner experiment {path}` runs it")
+    layers.add(data, str(path))
     if model is not None:
         layers.add({"model": model}, "--model")
     if budget is not None:

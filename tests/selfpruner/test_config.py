@@ -160,6 +160,11 @@ def test_refusals_of_the_command_line_name_the_option(
 def test_missing_file_and_wrong_shape(tmp_path: Path, write: Write) -> None:
     with pytest.raises(ValueError, match=r"none\.yaml: no such configuration file"):
         load_config(tmp_path / "none.yaml")
+    experiment = CONFIGS / "experiments" / "search.yaml"
+    with pytest.raises(
+        ValueError, match=r"^\S+search\.yaml: an experiment; `selfpruner experiment"
+    ):
+        load_config(experiment)
     with pytest.raises(ValueError, match="want a mapping"):
         load_config(write("- a"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -252,3 +253,27 @@ def test_the_table_has_a_row_a_stage_and_the_sum(estimated: Estimating) -> None:
 def test_an_unreachable_budget_is_refused(estimated: Estimating) -> None:
     with pytest.raises(ValueError, match=r"budget.parameters: 0.001 cannot be met"):
         estimated("budget={parameters: 0.001}")
+    with pytest.raises(ValueError, match=r"^budget.speedup: got 99, taken for budget.bytes: 0.01"):
+        estimated("budget={speedup: 99}")
+
+
+STREAMED = (
+    "memory=streamed",
+    "data.choices=0",
+    "evaluation.tasks=[]",
+    "search.allocator=guided",
+)
+
+
+@pytest.mark.parametrize("name", ["llama2_70b_49b", "llama2_70b_35b"])
+def test_comments_tell_what_plan_says_of_a_streamed_run(estimated: Estimating, name: str) -> None:
+    comment = " ".join((CONFIGS / f"{name}.yaml").read_text().replace("\n#", "").split())
+    told = re.search(
+        r"Streamed it takes (\S+) GB of one H200, (\S+) TB of disk and (\S+) hours", comment
+    )
+    assert told is not None
+    found = estimated(*STREAMED, config=name, hardware="h200")
+    assert all(f"--set {setting}" in comment for setting in STREAMED)
+    assert found.peak.memory.total / 1e9 == pytest.approx(float(told[1]), abs=0.5)
+    assert found.scratch_bytes / 1e12 == pytest.approx(float(told[2]), abs=0.05)
+    assert found.seconds / 3600 == pytest.approx(float(told[3]), abs=0.5)
