@@ -56,13 +56,13 @@ demo-vllm: $(STAMP) $(VLLM_STAMP)  ## the demo, driven by a vLLM server that the
 test: $(STAMP)  ## run all tests but the soak
 	$(BIN)/python -m pytest $(ARGS)
 
-soak: $(STAMP)  ## kill and resume searches many times, and the demo itself (15 minutes)
+soak: $(STAMP)  ## kill and resume searches many times, and the demo itself (20 minutes)
 	$(BIN)/python -m pytest -m soak $(ARGS)
 
-bench-cost: $(STAMP)  ## what scoring a plan costs, beside a full forward pass (1 hour)
+bench-cost: $(STAMP)  ## what scoring a plan costs, beside a full forward pass (hours)
 	$(BIN)/python -m benchmarks.cost $(ARGS)
 
-bench-search: $(STAMP)  ## every allocator at equal evaluations, five seeds, two budgets (1 to 2 hours)
+bench-search: $(STAMP)  ## every allocator at equal evaluations, five seeds, two budgets (hours)
 	$(BIN)/python -m benchmarks.search $(ARGS)
 
 bench-backend: $(STAMP)  ## recipes side by side (ARGS='--data-root DIR' for C4 and WikiText-2)

@@ -79,6 +79,7 @@ class TransformersEngine:
         self._cached_bytes: int | None = None
 
     def facts(self) -> dict[str, Any]:
+        """Return version, parameters, bytes, dtype, threads, context, and that it runs eagerly."""
         import torch
 
         from evaluators.memory import parameter_count, weight_bytes
@@ -94,6 +95,11 @@ class TransformersEngine:
         }
 
     def measure(self, batch: int, tokens: int, new_tokens: int, seed: int) -> Seconds:
+        """Return `{prefill, decode}` in seconds, from one forward pass and a greedy loop.
+
+        Raises:
+            SkipError: the KV cache does not fit into the memory that is free.
+        """
         import torch
 
         from evaluators.latency import one_repeat
@@ -165,6 +171,7 @@ class VllmEngine:
         self._context, self._asked = context, 0
 
     def facts(self) -> dict[str, Any]:
+        """Return version, dtype, threads, context, and how it batches and caches."""
         import torch
 
         config = self._llm.llm_engine.vllm_config
@@ -179,6 +186,11 @@ class VllmEngine:
         }
 
     def measure(self, batch: int, tokens: int, new_tokens: int, seed: int) -> Seconds:
+        """Return `{prefill, decode}` in seconds, read off the engine's own steps.
+
+        Raises:
+            SkipError: vLLM's KV cache has no room for the batch.
+        """
         from vllm import SamplingParams, TokensPrompt
 
         engine = self._llm.llm_engine
@@ -223,6 +235,7 @@ class LlamaCppEngine:
         return _gguf(self._load["model"])
 
     def facts(self) -> dict[str, Any]:
+        """Return version, file type, threads, context, and what it was built with."""
         import xllamacpp
 
         instructions = [
@@ -239,6 +252,11 @@ class LlamaCppEngine:
         }
 
     def measure(self, batch: int, tokens: int, new_tokens: int, seed: int) -> Seconds:
+        """Return `{prefill, decode}` in seconds; the server's start is not in them.
+
+        Raises:
+            SkipError: the KV cache does not fit into the memory that is free.
+        """
         per_token = self._cached_bytes()
         _check_room(batch * (tokens + new_tokens) * per_token, _free_bytes("cpu"))
         self._serve(batch, tokens + new_tokens + 1)

@@ -21,16 +21,17 @@ def complaints(
     """
     lines = []
     for problem in error.errors(include_url=False):
-        path = ".".join(str(part) for part in problem["loc"] if _is_name(part))
+        path = named = ".".join(str(part) for part in problem["loc"] if _is_name(part))
         if problem["type"] == "extra_forbidden":
             text = f"unknown key {path}; {_advice(tree, path)}"
         elif problem["type"] == "missing":
             text = f"{path}: not given; it is required"
         elif problem["type"] == "value_error":
             text = _own_words(path, str(problem["ctx"]["error"]))
+            named = text.partition(":")[0]  # a validator of a whole level names the key itself
         else:
             text = f"{path}: got {_shown(problem['input'])}; {_allowed(problem['msg'])}"
-        lines.append(f"{origin(path)}: {text}")
+        lines.append(f"{origin(named)}: {text}")
     return list(dict.fromkeys(lines))
 
 

@@ -202,6 +202,7 @@ def load_config(
     *,
     model: str | None = None,
     budget: str | None = None,
+    pick: str | None = None,
     settings: Sequence[str] = (),
 ) -> RunConfig:
     """Return the configuration of file `path`: recipe, then the file, then the command line.
@@ -212,18 +213,22 @@ def load_config(
         path: YAML file.
         model: takes the place of the file's model.
         budget: `kind=value`, takes the place of the whole budget.
+        pick: takes the place of `front.pick`.
         settings: `dotted.name=value`, values parsed as YAML, laid on top in order.
 
     Raises:
         ValueError: one line for each thing that is wrong, with what is allowed and where.
     """
-    file = read_mapping(path), str(path)
+    file = _run_file(path), str(path)
     own = _layers([file], model, budget, settings)
     origin = own.origin("recipe", str(path))
     recipe = _recipe_path(own.data.get("recipe", "best"), origin)
     defaults = _recipe_defaults(recipe), str(recipe)
     below = [file, defaults] if origin == _option("recipe") else [defaults, file]
-    return _validated(_layers(below, model, budget, settings), str(path))
+    layers = _layers(below, model, budget, settings)
+    if pick is not None:
+        layers.set("front.pick", pick, "--pick")
+    return _validated(layers, str(path))
 
 
 def parse_config(text: str, where: str) -> RunConfig:
@@ -256,6 +261,18 @@ def _layers(
         name, value = _assignment(text, "--set")
         layers.set(name, value, _option(name))
     return layers
+
+
+def _run_file(path: Path) -> dict[str, Any]:
+    """Return the settings of a run's file.
+
+    Raises:
+        ValueError: it is the file of an experiment.
+    """
+    data = read_mapping(path)
+    if "base" in data and "model" not in data:
+        raise ValueError(f"{path}: an experiment; `selfpruner experiment {path}` runs it")
+    return data
 
 
 def _option(name: str) -> str:

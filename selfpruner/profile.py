@@ -111,9 +111,12 @@ def profile_command(
     """Print the profile of `source`, a model or a configuration, and write its JSON and page.
 
     Raises:
-        ValueError: the model cannot be loaded, or has no widths to choose from; one line.
+        ValueError: fewer than `LEAST_PLANS` plans, or the model cannot be loaded or has no widths
+            to choose from; one line.
         OSError: the folder cannot be written.
     """
+    if plans < LEAST_PLANS:
+        raise ValueError(f"--plans: got {plans}, allowed at least {LEAST_PLANS}")
     quiet_libraries()
     is_file = source.endswith((".yaml", ".yml"))
     config = load_config(Path(source)) if is_file else RunConfig(model=source)
@@ -149,10 +152,8 @@ def profile(
     """Return the table, measured or known, beside `plans` whole random models measured now.
 
     Raises:
-        ValueError: fewer than `LEAST_PLANS` plans, or the grid has not as many.
+        ValueError: the grid has not as many.
     """
-    if plans < LEAST_PLANS:
-        raise ValueError(f"--plans: got {plans}, allowed at least {LEAST_PLANS}")
     detail = Detail.fine(model.device)
     table = known_table(model, grid, workload, detail, progress, again=again)
     _, architecture = family_of(model)

@@ -314,6 +314,8 @@ class Results(Record):
         """
         try:
             text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise ValueError(f"{path}: missing; has the run finished?") from None
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8 text"
             raise ValueError(f"{path}: cannot read the results of a run: {reason}") from error

@@ -54,6 +54,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: no such file, not YAML, a key given twice, or not a mapping with text keys.
     """
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder, want a YAML file")
     if not path.is_file():
         raise ValueError(f"{path}: no such configuration file")
     try:

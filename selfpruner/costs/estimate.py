@@ -159,19 +159,29 @@ def estimate_costs(config: RunConfig, hardware: Hardware) -> CostEstimate:
 
 
 def _budget(config: RunConfig, architecture: Architecture, grid: Grid) -> Budget:
-    """Return the budget; for a speedup, which only a stopwatch knows, that share of the bytes."""
-    asked = config.budget
-    timed = asked.kind == "speedup"
-    return Budget.of(
-        architecture,
-        grid,
-        "bytes" if timed else asked.kind,
-        1 / asked.target if timed else asked.target,
-        correction_biases=config.pruning.reconstruction != "none",
-        tokens=config.data.length,
-        cached_tokens=asked.cached_tokens,
-        bytes_per_weight=4 if config.export.dtype == "float32" else 2,
-    )
+    """Return the budget; for a speedup, which only a stopwatch knows, that share of the bytes.
+
+    Raises:
+        ValueError: it cannot be met.
+    """
+    asked, kind, target = config.budget, config.budget.kind, config.budget.target
+    if asked.kind == "speedup":
+        kind, target = "bytes", 1 / asked.target
+    try:
+        return Budget.of(
+            architecture,
+            grid,
+            kind,
+            target,
+            correction_biases=config.pruning.reconstruction != "none",
+            tokens=config.data.length,
+            cached_tokens=asked.cached_tokens,
+            bytes_per_weight=4 if config.export.dtype == "float32" else 2,
+        )
+    except ValueError as error:
+        if kind == asked.kind:
+            raise
+        raise ValueError(f"budget.speedup: got {asked.target:g}, taken for {error}") from error
 
 
 def _cost(stage: Stage, streamed: Memory, hardware: Hardware) -> StageCost:

@@ -101,6 +101,31 @@ def test_plan_loads_nothing_heavy_and_tells_plain_lines() -> None:
     assert lines[-1] == "0 []"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("evaluate", "m", "--tasks", "mmlu"), "--tasks: got mmlu; allowed: boolq"),
+        (("speed", "m", "--batches", "a"), "--batches: got 'a'; allowed: whole numbers"),
+        (("export", "nowhere", "--to", "gguf"), "nowhere: not a run folder"),
+        (("report", "nowhere"), "nowhere: not a run folder"),
+        (("experiment", "gone.yaml"), "gone.yaml: no such configuration file"),
+    ],
+)
+def test_what_is_wrong_at_sight_is_refused_before_anything_heavy(
+    arguments: tuple[str, ...], line: str
+) -> None:
+    heavy = ("torch", "transformers", "matplotlib", "datasets", "lm_eval", "langgraph")
+    code = (
+        "import sys; from typer.testing import CliRunner; from selfpruner.cli import main; "
+        f"done = CliRunner().invoke(main, {list(arguments)!r}); print(done.stderr, end=''); "
+        f"print(done.exit_code, [m for m in {heavy} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    said, end = done.stdout.splitlines()
+    assert said.startswith(f"selfpruner: {line}")
+    assert end == "2 []"
+
+
 def test_plan_draws_a_table_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -183,6 +208,12 @@ def test_a_second_run_needs_replace(pipeline: Recorder) -> None:
     ("arguments", "line"),
     [
         (("gone.yaml",), "selfpruner: gone.yaml: no such configuration file\n"),
+        ((".",), "selfpruner: .: a folder, want a YAML file\n"),
+        (
+            (DEMO, "--pick", "best"),
+            "selfpruner: --pick: front.pick: got 'best'; allowed: 'budget', 'knee', 'fastest' or "
+            "'most-accurate'\n",
+        ),
         (
             (DEMO, "--set", "search.popsize=3"),
             "selfpruner: --set search.popsize: unknown key search.popsize; "

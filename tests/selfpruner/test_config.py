@@ -145,6 +145,10 @@ def test_each_problem_has_its_own_line(write: Write) -> None:
         ({"budget": "parameters=0"}, "--budget: budget.parameters: got 0"),
         ({"budget": "params=0.7"}, "--budget: unknown key budget.params; did you mean"),
         ({"settings": ["recipe=bset"]}, "--set recipe: recipe: got 'bset'"),
+        ({"settings": ["search.min_rate=0.95"]}, "--set search.min_rate: search.min_rate: got"),
+        ({"settings": ["front.pick=knee"]}, "--set front.pick: front.pick: got 'knee'"),
+        ({"pick": "knee"}, "--pick: front.pick: got 'knee'; allowed without front.targets"),
+        ({"pick": "best"}, "--pick: front.pick: got 'best'; allowed: 'budget', 'knee'"),
     ],
 )
 def test_refusals_of_the_command_line_name_the_option(
@@ -159,6 +163,11 @@ def test_refusals_of_the_command_line_name_the_option(
 def test_missing_file_and_wrong_shape(tmp_path: Path, write: Write) -> None:
     with pytest.raises(ValueError, match=r"none\.yaml: no such configuration file"):
         load_config(tmp_path / "none.yaml")
+    experiment = CONFIGS / "experiments" / "search.yaml"
+    with pytest.raises(
+        ValueError, match=r"^\S+search\.yaml: an experiment; `selfpruner experiment"
+    ):
+        load_config(experiment)
     with pytest.raises(ValueError, match="want a mapping"):
         load_config(write("- a"))
 

@@ -40,6 +40,7 @@ def test_the_shipped_experiments_are_valid() -> None:
             "base: b.yaml\nmatrix: {search.x: [p], model: [q]}",
             "arms.p-q: got model; allowed: names",
         ),
+        ("model: m\nseed: 1", "a run's configuration, want an experiment"),
         ("base: b.yaml\narms: {p: {}}\nmatrix: {search.allocator: [p]}", "makes the arm p, which"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,7 +137,7 @@ def test_devices_hold_more_cost_more_and_shorten_nothing(estimated: Estimating) 
     assert "(not built), the 4 asked for are enough; or one with 188 GiB." in notes(four)[1]
 
 
-STREAMED = ("memory=streamed", "data.choices=0", "search.allocator=cma")
+STREAMED = ("memory=streamed", "data.choices=0")
 
 
 def test_streamed_a_70b_model_fits_one_device_and_pays_with_reading(
@@ -171,7 +172,8 @@ def test_tasks_of_a_streamed_run_take_the_devices_there_are(estimated: Estimatin
 
 
 def test_tasks_of_a_streamed_run_that_fits_cost_an_opening(estimated: Estimating) -> None:
-    whole, streamed = (estimated(*x) for x in (STREAMED[1:], STREAMED))
+    guided = "search.allocator=guided"  # the demo's LLM is the model itself
+    whole, streamed = (estimated(guided, *x) for x in (STREAMED[1:], STREAMED))
     read = (whole.weight_bytes + streamed.parameters_pruned * 2) / 1e9
     extra = seconds(streamed, "tasks") - seconds(whole, "tasks")
     assert extra == pytest.approx(read, rel=0.01)
@@ -277,3 +279,19 @@ def test_the_table_has_a_row_a_stage_and_the_sum(estimated: Estimating) -> None:
 def test_an_unreachable_budget_is_refused(estimated: Estimating) -> None:
     with pytest.raises(ValueError, match=r"budget.parameters: 0.001 cannot be met"):
         estimated("budget={parameters: 0.001}")
+    with pytest.raises(ValueError, match=r"^budget.speedup: got 99, taken for budget.bytes: 0.01"):
+        estimated("budget={speedup: 99}")
+
+
+@pytest.mark.parametrize("name", ["llama2_70b_49b", "llama2_70b_35b"])
+def test_comments_tell_what_plan_says_of_a_streamed_run(estimated: Estimating, name: str) -> None:
+    comment = " ".join((CONFIGS / f"{name}.yaml").read_text().replace("\n#", "").split())
+    told = re.search(
+        r"Streamed it takes (\S+) GB of one H200, (\S+) TB of disk and (\S+) hours", comment
+    )
+    assert told is not None
+    found = estimated(*STREAMED, config=name, hardware="h200")
+    assert all(f"--set {setting}" in comment for setting in STREAMED)
+    assert stage(found, "refit").memory.total / 1e9 == pytest.approx(float(told[1]), abs=0.5)
+    assert found.scratch_bytes / 1e12 == pytest.approx(float(told[2]), abs=0.05)
+    assert found.seconds / 3600 == pytest.approx(float(told[3]), abs=0.6)
