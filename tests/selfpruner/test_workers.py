@@ -52,6 +52,21 @@ def test_a_worker_that_dies_loses_only_its_cell(tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) == 5
 
 
+def test_a_worker_that_dies_without_a_task_is_replaced() -> None:
+    from analytic_cells import square
+
+    crew = Processes(square, 1)
+    first = crew.outcome(crew.submit(0, {"n": 2}))
+    os.kill(first["process"], signal.SIGKILL)
+    until = time.monotonic() + 60
+    while not crew._pools[0]._broken and time.monotonic() < until:
+        time.sleep(0.05)
+    second = crew.outcome(crew.submit(0, {"n": 3}))
+    crew.close()
+    assert second["square"] == 9
+    assert second["process"] != first["process"]
+
+
 def test_a_refusal_comes_through_as_one() -> None:
     from analytic_cells import square_or_refuse
 
