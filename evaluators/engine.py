@@ -54,11 +54,15 @@ def check_room(needed: int, free: int) -> None:
 
 
 def free_bytes(device: str) -> int:
-    """Return the bytes that this process can still have."""
+    """Return the bytes that this process can still have: free ones, and those torch keeps unused.
+
+    Without the latter a case that has just run would seem not to fit a second time.
+    """
     if device == "cuda":
         import torch
 
-        return int(torch.cuda.mem_get_info()[0])
+        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return int(torch.cuda.mem_get_info()[0]) + kept
     import psutil
 
     return int(psutil.virtual_memory().available)
