@@ -241,6 +241,8 @@ def speed(
     with _plain_errors():
         if out is not None and out.suffix not in (".json", ".html"):
             raise ValueError(f"--out: got {out}; allowed: a name that ends in .json or .html")
+        if out is not None and not out.parent.is_dir():
+            raise ValueError(f"--out: no such folder: {out.parent}")
         from selfpruner.progress import Progress
         from selfpruner.speed import Asked, measure_speed
 
