@@ -73,7 +73,11 @@ def verdict(
     ledger: Ledger,
     progress: Progress,
 ) -> Results:
-    """Judge the dense and the exported model, both in the run's dtype, and return the record."""
+    """Judge the dense and the exported model, both in the run's dtype, and return the record.
+
+    Their bytes are those in the dtype of the export: of what pruning alone saves.
+    """
+    bytes_per_weight = pruned.dtype.itemsize
     sizes = {"dense": judge.sizes(bench.model), "pruned": judge.sizes(pruned)}
     models = {"dense": bench.model, "pruned": cast_parameters(pruned, bench.model.dtype)}
     quality = _quality(bench, models, progress)
@@ -100,7 +104,10 @@ def verdict(
         search=_search_numbers(bench.config, outcome),
         quality=quality,
         speed=Speed(rows=rows),
-        memory=Memory(dense_bytes=sizes["dense"]["bytes"], pruned_bytes=sizes["pruned"]["bytes"]),
+        memory=Memory(
+            dense_bytes=bytes_per_weight * sizes["dense"]["parameters"],
+            pruned_bytes=sizes["pruned"]["bytes"],
+        ),
         units=_units(outcome.selected.plan),
         units_dense=Units(
             kv_groups=bench.architecture.kv_heads,

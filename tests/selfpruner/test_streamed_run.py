@@ -96,6 +96,15 @@ def test_the_reports_say_the_same(folders: tuple[RunFolder, RunFolder]) -> None:
     assert folders[1].report.is_file()
 
 
+def test_bytes_of_weights_are_what_pruning_alone_saves(
+    folders: tuple[RunFolder, RunFolder],
+) -> None:
+    """Whatever dtype a run computes in, it exports bfloat16: both models are counted in that."""
+    for found in map(_results, folders):
+        assert found.memory.dense_bytes == 2 * found.model.parameters_dense
+        assert found.memory.pruned_bytes == 2 * found.model.parameters_pruned
+
+
 def test_nothing_is_left_of_the_scratch_folder(folders: tuple[RunFolder, RunFolder]) -> None:
     assert not folders[1].scratch.exists()
 
