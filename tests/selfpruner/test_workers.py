@@ -14,12 +14,7 @@ import pytest
 from selfpruner.cells import finish_cells
 from selfpruner.workers import Processes, in_workers
 
-pytestmark = pytest.mark.usefixtures("_importable")
-
-
-@pytest.fixture
-def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+pytestmark = pytest.mark.usefixtures("importable")
 
 
 def test_every_cell_is_done_once_by_the_workers_there_are() -> None:
