@@ -110,7 +110,7 @@ def test_models_take_turns_there_and_back(
         rounds.extend([1] * (len(seen) == 2))
 
     monkeypatch.setattr(stopwatch.Pass, "__call__", called)
-    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     models = [shaped(llama, wide), shaped(llama, narrow)]
     family = family_of(llama)[0]
     found = stopwatch.take_turns(models, family, DECODE, 2, graphs=True, on_visit=visited)
