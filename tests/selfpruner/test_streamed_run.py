@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from selfpruner import finishing, pipeline
 from selfpruner.config import RunConfig, load_config
 from selfpruner.progress import Progress
-from selfpruner.results import Results
+from selfpruner.results import Refit, Results
 from selfpruner.run_folder import RunFolder
 
 COMMON = ("evaluation.tasks=[]", "evaluation.speed.repeats=1", "evaluation.speed.new_tokens=1")
@@ -107,6 +107,24 @@ def test_bytes_of_weights_are_what_pruning_alone_saves(
 
 def test_nothing_is_left_of_the_scratch_folder(folders: tuple[RunFolder, RunFolder]) -> None:
     assert not folders[1].scratch.exists()
+
+
+def test_a_refit_that_does_not_help_costs_no_second_slicing(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sliced: list[str] = []
+
+    def noted(elastic: Any, plan: Any, folder: Path) -> Any:
+        sliced.append(folder.name)
+        return original(elastic, plan, folder)
+
+    original = finishing.sliced_on_disk
+    monkeypatch.setattr(finishing, "sliced_on_disk", noted)
+    monkeypatch.setattr(finishing, "_judged", lambda a, b: Refit(kept=False, before=a, after=b))
+    found = _results(_run(_config(tiny_run, "streamed"), tmp_path / "run"))
+    assert found.refit is not None
+    assert not found.refit.kept
+    assert sorted(sliced) == sorted({*found.controls, "found"})
 
 
 def _results(folder: RunFolder) -> Results:
