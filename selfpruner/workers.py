@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from functools import cache
 from multiprocessing.process import BaseProcess
 from typing import Generic
@@ -175,4 +176,5 @@ def _stop(crew: Crew[Task, Result], tell: Callable[[str], None]) -> None:
 
 def _interrupt(process: BaseProcess) -> None:
     assert process.pid is not None
-    os.kill(process.pid, signal.SIGINT)
+    with suppress(ProcessLookupError):  # it has just ended
+        os.kill(process.pid, signal.SIGINT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from selfpruner import workers
 from selfpruner.cells import finish_cells
 from selfpruner.workers import Processes, in_workers
 
@@ -60,6 +62,13 @@ def test_a_worker_that_dies_without_a_task_is_replaced() -> None:
     crew.close()
     assert second["square"] == 9
     assert second["process"] != first["process"]
+
+
+def test_a_worker_that_ends_while_it_is_interrupted_stops_nobody() -> None:
+    process = multiprocessing.get_context("spawn").Process(target=os.getpid)
+    process.start()
+    process.join()
+    workers._interrupt(process)
 
 
 def test_a_refusal_comes_through_as_one() -> None:
