@@ -176,6 +176,8 @@ def test_a_missing_gguf_is_said(
          "repeats 5; allowed: 1 and more"),
         (["--engines", "tgi"], "--engines: got tgi; allowed: transformers, vllm, llama.cpp"),
         (["--gguf", "gone.gguf"], "--gguf: no such file: gone.gguf"),
+        (["--baseline", "smollm2-135m-instruct", "--baseline-gguf", "gone.gguf"],
+         "--baseline-gguf: no such file: gone.gguf"),
         (["--engines", "llama.cpp"], "speed: llama.cpp: needs a GGUF file: --gguf"),
         (["--engines", "vllm", "--vllm-python", "gone"],
          "speed: vllm: gone: No such file or directory"),
