@@ -52,12 +52,14 @@ def finish(
     refitted = _refitted(bench, prunable, plans, models, progress)
     after = fitness(refitted)
     refits = {name: _judged(before[name], after[name]) for name in plans}
+
+    def unchanged(name: str) -> PreTrainedModel:
+        is_held = refitted[name] is models[name]  # and refitted in place
+        return _sliced(bench, prunable, name, plans[name]) if is_held else models[name]
+
     return {
-        name: (
-            refitted[name] if refits[name].kept else _sliced(bench, prunable, name, plan),
-            refits[name],
-        )
-        for name, plan in plans.items()
+        name: (refitted[name] if refits[name].kept else unchanged(name), refits[name])
+        for name in plans
     }
 
 

@@ -8,7 +8,7 @@ fitted to a few whole models. Pure data: `profiling` measures it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -108,11 +108,11 @@ class LatencyTable:
         spread = sums - sums.mean()
         slope = max(0.0, float(spread @ times / (spread @ spread))) if spread.any() else 0.0
         offset = float(times.mean() - slope * sums.mean())
-        return LatencyTable(**{**self._fields(), "offset": offset, "slope": slope})
+        return replace(self, offset=offset, slope=slope)
 
     def with_repeatability(self, value: float) -> LatencyTable:
         """Return the table with another `repeatability`."""
-        return LatencyTable(**{**self._fields(), "repeatability": value})
+        return replace(self, repeatability=value)
 
     def sum(self, plan: Plan) -> float:
         """Return base and blocks of `plan` added up, before calibration."""
@@ -172,9 +172,6 @@ class LatencyTable:
 
     def _predicted(self, plan: Plan) -> float:
         return self.offset + self.slope * self.sum(plan)
-
-    def _fields(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @cached_property
     def _rows(self) -> dict[str, tuple[Floats, Floats]]:

@@ -106,6 +106,8 @@ def speed(
     with plain_errors():
         if out is not None and out.suffix not in (".json", ".html"):
             raise ValueError(f"--out: got {out}; allowed: a name that ends in .json or .html")
+        if out is not None and not out.parent.is_dir():
+            raise ValueError(f"--out: no such folder: {out.parent}")
         wanted_batches = _numbers("--batches", batches)
         wanted_lengths = _numbers("--lengths", lengths)
         from selfpruner.progress import Progress

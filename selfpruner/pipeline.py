@@ -16,6 +16,7 @@ from pruning.elastic import Prunable
 from pruning.export import export, is_stock
 from pruning.plan import Plan
 from pruning.ranking import order_hash
+from pruning.shards import save
 from pruning.streaming import reopened
 from selfpruner.config import RunConfig
 from selfpruner.costs.hardware import Precision
@@ -196,9 +197,11 @@ def _check_items(config: RunConfig) -> None:
 
 
 def _write_plan(bench: Workbench, prunable: Prunable, plan: Plan, folder: RunFolder) -> None:
-    """Write plan.json and the ranking it is to be read with."""
-    from safetensors.torch import save_file
+    """Write plan.json and the ranking it is to be read with.
 
+    Raises:
+        OSError: they cannot be written.
+    """
     orders = prunable.orders(plan)
     folder.statistics.mkdir(exist_ok=True)
     tensors = {
@@ -206,7 +209,7 @@ def _write_plan(bench: Workbench, prunable: Prunable, plan: Plan, folder: RunFol
         for index, order in enumerate(orders)
         for name in ("groups", "heads", "channels")
     }
-    save_file(tensors, folder.statistics / "ranking.safetensors")
+    save(tensors, folder.statistics / "ranking.safetensors")
     layers = [
         {"kv_groups": x.kv_groups, "q_per_group": x.q_per_group, "mlp_channels": x.mlp_channels}
         for x in plan.layers

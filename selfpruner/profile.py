@@ -118,8 +118,7 @@ def profile_command(
     if plans < LEAST_PLANS:
         raise ValueError(f"--plans: got {plans}, allowed at least {LEAST_PLANS}")
     quiet_libraries()
-    is_file = source.endswith((".yaml", ".yml"))
-    config = load_config(Path(source)) if is_file else RunConfig(model=source)
+    config = load_config(Path(source)) if _is_config(source) else RunConfig(model=source)
     trusted = trust_remote_code or config.trust_remote_code
     grid = grid_of(config, architecture_of(config.model, trust_remote_code=trusted))
     with progress.stage("load"):
@@ -130,13 +129,24 @@ def profile_command(
             trust_remote_code=trusted,
         )
     found = profile(model, config.model, grid, workload, plans, progress, again=again)
-    folder = out or Path("runs") / "profiles" / f"{Path(source).stem}-{workload.phase}"
+    folder = out or default_folder(source, workload)
     folder.mkdir(parents=True, exist_ok=True)
     RunFolder(folder).write_json("profile.json", found.to_json())
     _print(found)
     from selfpruner.profile_page import write_profile_page
 
     return write_profile_page(found, folder / "profile.html")
+
+
+def default_folder(source: str, workload: Workload) -> Path:
+    """Return where the profile of a model or of a configuration goes, by its name."""
+    # A model's name may have dots: Llama-3.2-1B and Llama-3.2-3B share no folder.
+    name = Path(source).stem if _is_config(source) else Path(source).name
+    return Path("runs") / "profiles" / f"{name}-{workload.phase}"
+
+
+def _is_config(source: str) -> bool:
+    return source.endswith((".yaml", ".yml"))
 
 
 def profile(

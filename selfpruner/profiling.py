@@ -68,10 +68,9 @@ class Detail:
 
 def stored_table(folder: RunFolder | None) -> LatencyTable | None:
     """Return the table that the run in `folder` began with, None where it has none yet."""
-    name = None if folder is None else f"{folder.statistics.name}/{TABLE}"
-    if folder is None or name is None or not (folder / name).is_file():
+    if folder is None or not (folder.statistics / TABLE).is_file():
         return None
-    return LatencyTable.from_json(folder.read_json(name))
+    return LatencyTable.from_json(folder.read_json(f"{folder.statistics.name}/{TABLE}"))
 
 
 def store_table(table: LatencyTable, folder: RunFolder) -> None:

@@ -163,7 +163,7 @@ class Speed(Record):
 
 
 class Memory(Record):
-    """Bytes of the weights."""
+    """Bytes of the weights, of both models in the dtype of the exported one."""
 
     dense_bytes: PositiveInt
     pruned_bytes: PositiveInt

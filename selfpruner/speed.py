@@ -17,9 +17,9 @@ from selfpruner.progress import Progress
 from selfpruner.workbench import resolved_device, resolved_dtype
 
 SCHEMA_VERSION = 1
-# Shares of the ideal that a pruned model should reach: of its matrix products' speedup in a
-# prefill, of the bytes' ratio in a decode step at batch 1.
+# Share of its matrix products' speedup that a pruned model should reach in a prefill.
 PREFILL_TARGET = 0.90
+_GGUF_OPTIONS = {"baseline": "--baseline-gguf", "model": "--gguf"}
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def measure_speed(asked: Asked, progress: Progress) -> SpeedReport:
         names = {"baseline": str(asked.baseline), **names}
     files = {"baseline": asked.baseline_gguf, "model": asked.gguf}
     folders = {role: Source(*locate(name)) for role, name in names.items()}
-    packed = {role: _packed(folders[role], files[role]) for role in names}
+    packed = {role: _packed(folders[role], files[role], _GGUF_OPTIONS[role]) for role in names}
     engines = _engines(asked, packed)
     reports = [
         _engine(name, packed if name == "llama.cpp" else folders, cases, settings, asked, progress)
@@ -161,11 +161,11 @@ def _cases(asked: Asked, sizes: Sizes) -> list[Case]:
     return [Case(batch, length, new_tokens) for batch in batches for length in lengths]
 
 
-def _packed(folder: Source, file: Path | None) -> Source | None:
+def _packed(folder: Source, file: Path | None, option: str) -> Source | None:
     """Return the GGUF file of a model: the given one, or the one that the model itself is."""
     if file is not None:
         if not file.is_file():
-            raise ValueError(f"--gguf: no such file: {file}")
+            raise ValueError(f"{option}: no such file: {file}")
         return Source(str(file))
     if folder.gguf_file is None:
         return None
@@ -195,8 +195,7 @@ def _engine(
 ) -> EngineReport:
     models = {role: source for role, source in sources.items() if source is not None}
     if missing := [role for role in sources if role not in models]:
-        options = {"baseline": "--baseline-gguf", "model": "--gguf"}
-        reason = f"needs a GGUF file: {' and '.join(options[x] for x in missing)}"
+        reason = f"needs a GGUF file: {' and '.join(_GGUF_OPTIONS[x] for x in missing)}"
         return EngineReport(name, {}, absent=reason)
     with progress.stage(f"speed in {name}", total=len(cases)) as advance:
         return compare_engine(

@@ -6,7 +6,6 @@ attention needs none. Shapes: B sequences, T tokens.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from evaluators.latency import clock
 from pruning.families import Family
 from pruning.slicing import layer_plan
 from selfpruner.latency_table import Workload
@@ -149,11 +149,9 @@ def _beside(reference: Pass, run: Pass) -> NDArray[np.float64]:
 
 def _one_call(run: Pass) -> float:
     run.reset()
-    _wait(run.device)
-    started = time.perf_counter()
+    started = clock(run.device)
     run()
-    _wait(run.device)
-    return 1000 * (time.perf_counter() - started)
+    return 1000 * (clock(run.device) - started)
 
 
 def _replayed(run: Pass) -> float:
@@ -179,11 +177,3 @@ def _replayed(run: Pass) -> float:
         torch.cuda.synchronize(run.device)
         found.append(start.elapsed_time(end))
     return float(np.median(found[_WARM:]))
-
-
-def _wait(device: torch.device) -> None:
-    """Wait until the device has finished what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()

@@ -78,8 +78,10 @@ def verdict(
 ) -> Results:
     """Judge the dense and the exported model, both in the run's dtype, and return the record.
 
-    What is streamed is let go of before the tasks.
+    Their bytes are those in the dtype of the export: of what pruning alone saves. What is streamed
+    is let go of before the tasks.
     """
+    bytes_per_weight = pruned.dtype.itemsize
     sizes = {"dense": judge.sizes(bench.model), "pruned": judge.sizes(pruned)}
     models = {"dense": bench.model, "pruned": cast_parameters(pruned, bench.model.dtype)}
     quality = _quality(bench, models, folder, progress)
@@ -106,7 +108,10 @@ def verdict(
         search=_search_numbers(bench.config, outcome),
         quality=quality,
         speed=Speed(rows=rows),
-        memory=Memory(dense_bytes=sizes["dense"]["bytes"], pruned_bytes=sizes["pruned"]["bytes"]),
+        memory=Memory(
+            dense_bytes=bytes_per_weight * sizes["dense"]["parameters"],
+            pruned_bytes=sizes["pruned"]["bytes"],
+        ),
         units=_units(outcome.selected.plan),
         units_dense=Units(
             kv_groups=bench.architecture.kv_heads,

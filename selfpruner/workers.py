@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from functools import cache
 from multiprocessing.process import BaseProcess
 from typing import Generic
@@ -64,14 +65,22 @@ class Processes(Generic[Task, Result]):
         return len(self._pools)
 
     def submit(self, number: int, task: Task) -> Future[Result]:
-        """Hand a task over; a process that is started here has SIGINT blocked from its birth."""
+        """Hand a task over; a process that is started here has SIGINT blocked from its birth.
+
+        One that died while it had no task has lost nothing: another takes its place.
+        """
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            future = self._pools[number].submit(_done, self._work, number, task)
+            self._last[number] = self._begun(number, task)
+        except BrokenProcessPool:
+            self.replace(number)
+            self._last[number] = self._begun(number, task)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        self._last[number] = future
-        return future
+        return self._last[number]
+
+    def _begun(self, number: int, task: Task) -> Future[Result]:
+        return self._pools[number].submit(_done, self._work, number, task)
 
     def outcome(self, future: Future[Result]) -> Result:
         """Return the result; raise LostError or the worker's ValueError."""
@@ -167,4 +176,5 @@ def _stop(crew: Crew[Task, Result], tell: Callable[[str], None]) -> None:
 
 def _interrupt(process: BaseProcess) -> None:
     assert process.pid is not None
-    os.kill(process.pid, signal.SIGINT)
+    with suppress(ProcessLookupError):  # it has just ended
+        os.kill(process.pid, signal.SIGINT)

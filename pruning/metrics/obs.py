@@ -32,7 +32,7 @@ def obs(
 
     Units of `batch` channels in all leave a step where there is one set, so that the updates are
     matrix products; costs within a step are those at its start. A later step is more important.
-    Time grows as N^3 (1536 channels: half a second on 2 cores), memory as 16 N^2 bytes.
+    Time grows as N^3 (1536 channels: half a second on 2 cores), memory as 24 N^2 bytes.
 
     Raises:
         ValueError: the moments are not finite.

@@ -44,5 +44,5 @@ def _factor(moments_NN: Tensor, damping: float) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(moments_NN)
         if not failed:
             return factor
-        damping *= 9  # ten times as much in all
+        damping *= 9  # about ten times as much in all
     raise ValueError("calibration: the activations are not finite; try dtype: float32")

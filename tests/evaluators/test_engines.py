@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from evaluators import engines
+from evaluators import engine_process, engines
 from evaluators.engines import Case, EngineReport, Row, Settings, Source, compare_engine
 from pruning.loading import locate
 
@@ -38,7 +40,8 @@ for turn, line in enumerate(sys.stdin):
     elif request["do"] == "products":
         print(json.dumps(dict(ok=dict(products=1.0))), flush=True)
     elif request["do"] == "step_bytes":
-        print(json.dumps(dict(ok=dict(bytes=dict(a=600, b=400)[load["model"]]))), flush=True)
+        found = dict(a=600, b=400).get(load["model"])
+        print(json.dumps(dict(ok=dict(bytes=found)) if found else dict(skip="full")), flush=True)
     else:
         print(json.dumps(dict(ok=None)), flush=True)
 """
@@ -177,6 +180,28 @@ fits = request["batch"] < 8
     report = compare_engine("llama.cpp", models, cases, SETTINGS, python=stand_in(picky))
     assert report.skipped == ("batch 8, 2 tokens: only: out of memory",)
     assert {x.batch for x in report.rows} == {1}
+
+
+def test_bytes_that_no_room_is_left_to_count_are_named(stand_in: Callable[..., str]) -> None:
+    models = {"only": Source("large")}
+    report = compare_engine("llama.cpp", models, [Case(1, 2, 1)], SETTINGS, python=stand_in())
+    assert [x.phase for x in report.rows] == ["prefill", "decode"]
+    assert report.bytes == ()
+    assert report.skipped == ("batch 1, 2 tokens: only: bytes of a step: full",)
+
+
+def test_an_answer_torn_off_is_one_line(stand_in: Callable[..., str]) -> None:
+    torn = """print('{"ok": {"pre', flush=True)"""
+    models = {"only": Source("b")}
+    report = compare_engine("llama.cpp", models, [Case(1, 2, 1)], SETTINGS, python=stand_in(torn))
+    assert report.absent == """the worker answered '{"ok": {"pre'"""
+
+
+def test_a_process_that_is_gone_takes_no_memory() -> None:
+    process = subprocess.Popen(["true"])
+    seen = psutil.Process(process.pid)
+    process.wait()
+    assert engine_process._peak(seen) == 0
 
 
 def test_a_death_half_way_keeps_what_was_measured(stand_in: Callable[..., str]) -> None:

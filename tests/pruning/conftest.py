@@ -26,6 +26,7 @@ from transformers import (
 
 from pruning.elastic import ElasticModel, Recipe
 from pruning.families import family_of
+from pruning.plan import Plan
 
 VOCABULARY = 120
 
@@ -103,6 +104,19 @@ def rank(make_tokens: Callable[..., torch.Tensor]) -> Callable[..., ElasticModel
         return ElasticModel.rank(model, family, architecture, make_tokens(12, 16), recipe)
 
     return ranked
+
+
+@pytest.fixture(scope="session")
+def plans() -> list[Plan]:
+    """Plans 0 and 3 are the same, 0 and 1 share two layers, 2 shares one with both; 4 is dense."""
+    rows = (
+        [[2, 2, 32], [4, 2, 48], [1, 2, 8]],
+        [[2, 2, 32], [4, 2, 48], [3, 2, 24]],
+        [[2, 2, 32], [1, 2, 16], [3, 2, 24]],
+        [[2, 2, 32], [4, 2, 48], [1, 2, 8]],
+        [[4, 2, 48], [4, 2, 48], [4, 2, 48]],
+    )
+    return [Plan.from_json(x) for x in rows]
 
 
 @dataclass

@@ -13,18 +13,6 @@ from pruning.families import family_of
 from pruning.plan import Grid, Plan
 from pruning.ranking import order_hash
 
-# Plans 0 and 3 are the same, 0 and 1 share two layers, 2 shares one with both.
-PLANS = [
-    Plan.from_json(rows)
-    for rows in (
-        [[2, 2, 32], [4, 2, 48], [1, 2, 8]],
-        [[2, 2, 32], [4, 2, 48], [3, 2, 24]],
-        [[2, 2, 32], [1, 2, 16], [3, 2, 24]],
-        [[2, 2, 32], [4, 2, 48], [1, 2, 8]],
-        [[4, 2, 48], [4, 2, 48], [4, 2, 48]],
-    )
-]
-
 
 def _columns(heads: Tensor) -> list[int]:
     return [head * 8 + i for head in heads.flatten().tolist() for i in range(8)]
@@ -71,11 +59,11 @@ def test_least_squares_cuts_solve_for_the_dense_outputs(
 
 
 def test_kept_units_are_the_important_ones(
-    make_model: Any, rank: Any, capture: Any, make_tokens: Any
+    make_model: Any, rank: Any, capture: Any, make_tokens: Any, plans: Any
 ) -> None:
     """Wanda-sp by hand on captured activations: the order of groups and of channels."""
     model = make_model("mistral", kv_heads=4)
-    orders = rank(model).orders(PLANS[0])
+    orders = rank(model).orders(plans[0])
     captured = capture(model, make_tokens(12, 16))
     for seen, order, dense in zip(captured, orders, model.model.layers, strict=True):
         mlp = dense.mlp.down_proj.weight.abs().mean(0) * seen.rows("mlp").square().mean(0).sqrt()
@@ -88,14 +76,14 @@ def test_kept_units_are_the_important_ones(
 
 @pytest.mark.parametrize("reconstruction", ["none", "least_squares"])
 def test_trie_equals_plan_by_plan(
-    make_model: Any, rank: Any, make_tokens: Any, reconstruction: str
+    make_model: Any, rank: Any, make_tokens: Any, reconstruction: str, plans: Any
 ) -> None:
     elastic, tokens = rank(make_model("llama"), reconstruction), make_tokens(3, 14)
-    together = list(elastic.hidden_states(PLANS, tokens))
-    assert sorted(index for index, _ in together) == list(range(len(PLANS)))
+    together = list(elastic.hidden_states(plans, tokens))
+    assert sorted(index for index, _ in together) == list(range(len(plans)))
     for index, hidden in together:
-        ((_, alone),) = elastic.hidden_states([PLANS[index]], tokens)
-        by_hand = run_plan(elastic, PLANS[index], elastic.parameters(PLANS[index]), tokens)
+        ((_, alone),) = elastic.hidden_states([plans[index]], tokens)
+        by_hand = run_plan(elastic, plans[index], elastic.parameters(plans[index]), tokens)
         assert torch.equal(hidden, alone)
         assert torch.equal(hidden, by_hand)
     by_index = dict(together)
@@ -103,7 +91,9 @@ def test_trie_equals_plan_by_plan(
     assert torch.equal(by_index[0], by_index[3])
 
 
-def test_trie_runs_shared_layers_once(make_model: Any, rank: Any, make_tokens: Any) -> None:
+def test_trie_runs_shared_layers_once(
+    make_model: Any, rank: Any, make_tokens: Any, plans: Any
+) -> None:
     elastic = rank(make_model("llama"))
     runs = [0, 0, 0]
 
@@ -115,7 +105,7 @@ def test_trie_runs_shared_layers_once(make_model: Any, rank: Any, make_tokens: A
 
     layers = elastic.model.model.layers
     handles = [layer.mlp.register_forward_hook(count(i)) for i, layer in enumerate(layers)]
-    list(elastic.hidden_states(PLANS, make_tokens(1, 6)))
+    list(elastic.hidden_states(plans, make_tokens(1, 6)))
     for handle in handles:
         handle.remove()
     assert runs == [2, 3, 4]
@@ -131,10 +121,12 @@ def _bytes(elastic: ElasticModel) -> int:
 
 
 @pytest.mark.parametrize("num_bytes", [30_000, 60_000, 10**9])
-def test_cache_stays_under_its_limit(make_model: Any, rank: Any, num_bytes: int) -> None:
+def test_cache_stays_under_its_limit(
+    make_model: Any, rank: Any, num_bytes: int, plans: Any
+) -> None:
     """The largest entry (64 x 64 doubles and a bias) is 33,280 bytes: one always stays."""
     elastic = _small_cache(rank(make_model("llama"), "least_squares"), num_bytes)
-    for plan in PLANS + PLANS[::-1]:
+    for plan in plans + plans[::-1]:
         for index, layer in enumerate(plan.layers):
             elastic.layer_parameters(index, layer)
             assert _bytes(elastic) <= max(num_bytes, 33_280)
@@ -145,13 +137,13 @@ def test_cache_stays_under_its_limit(make_model: Any, rank: Any, num_bytes: int)
 
 @pytest.mark.parametrize("num_bytes", [0, 50_000])
 def test_results_do_not_depend_on_the_cache(
-    make_model: Any, rank: Any, make_tokens: Any, num_bytes: int
+    make_model: Any, rank: Any, make_tokens: Any, num_bytes: int, plans: Any
 ) -> None:
     elastic, tokens = rank(make_model("qwen3"), "least_squares"), make_tokens(2, 10)
     small = _small_cache(elastic, num_bytes)
-    expected = dict(elastic.hidden_states(PLANS, tokens))
+    expected = dict(elastic.hidden_states(plans, tokens))
     for _ in range(2):
-        found = dict(small.hidden_states(PLANS, tokens))
+        found = dict(small.hidden_states(plans, tokens))
         assert all(torch.equal(found[i], expected[i]) for i in expected)
 
 
@@ -165,10 +157,10 @@ def test_model_is_as_before(make_model: Any, rank: Any, make_tokens: Any) -> Non
     assert torch.equal(model(tokens).logits, before)
 
 
-def test_ranking_is_reproducible(make_model: Any, rank: Any) -> None:
-    hashes = {order_hash(rank(make_model("llama")).orders(PLANS[0])) for _ in range(2)}
+def test_ranking_is_reproducible(make_model: Any, rank: Any, plans: Any) -> None:
+    hashes = {order_hash(rank(make_model("llama")).orders(plans[0])) for _ in range(2)}
     assert len(hashes) == 1
-    other = rank(make_model("llama"), metric="magnitude").orders(PLANS[0])
+    other = rank(make_model("llama"), metric="magnitude").orders(plans[0])
     assert order_hash(other) not in hashes
 
 

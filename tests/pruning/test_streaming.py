@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -22,21 +22,9 @@ from pruning.families import family_of
 from pruning.loading import load, load_streamed
 from pruning.plan import Grid, Plan
 from pruning.shaping import shaped
-from pruning.shards import Shards
 from pruning.slicing import sliced, sliced_on_disk
 from pruning.spool import Spool
 from pruning.streaming import final_states, is_streamed
-
-PLANS = [
-    Plan.from_json(rows)
-    for rows in (
-        [[2, 2, 32], [4, 2, 48], [1, 2, 8]],
-        [[2, 2, 32], [4, 2, 48], [3, 2, 24]],
-        [[2, 2, 32], [1, 2, 16], [3, 2, 24]],
-        [[2, 2, 32], [4, 2, 48], [1, 2, 8]],
-        [[4, 2, 48], [4, 2, 48], [4, 2, 48]],
-    )
-]
 
 
 @pytest.fixture
@@ -113,7 +101,13 @@ def test_two_walks_side_by_side_do_not_take_layers_from_each_other(saved: Any) -
 @pytest.mark.parametrize("unit", ["kv_group", "query_head"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_ranking_and_scores_are_those_of_the_model_in_memory(
-    saved: Any, make_tokens: Any, tmp_path: Path, family: str, unit: Any, reconstruction: str
+    saved: Any,
+    make_tokens: Any,
+    tmp_path: Path,
+    family: str,
+    unit: Any,
+    reconstruction: str,
+    plans: Any,
 ) -> None:
     models = _both(saved(family, **({"attention_bias": True} if family == "llama" else {})))
     tokens, others = make_tokens(12, 16), make_tokens(7, 14, seed=3)
@@ -130,9 +124,8 @@ def test_ranking_and_scores_are_those_of_the_model_in_memory(
         assert (a.ridges, a.facts) == (b.ridges, b.facts)
         for name in ("groups", "heads", "channels"):
             assert torch.equal(getattr(a.order, name), getattr(b.order, name))
-    plans = PLANS
     if unit == "query_head":
-        plans = [Plan.from_json([[4, x % 2 + 1, c] for x, _, c in p.to_json()]) for p in PLANS]
+        plans = [Plan.from_json([[4, x % 2 + 1, c] for x, _, c in p.to_json()]) for p in plans]
     found = dict(streamed.hidden_states(plans, others))
     assert sorted(found) == list(range(len(plans)))
     for start in range(0, len(others), 3):
@@ -145,7 +138,7 @@ def test_ranking_and_scores_are_those_of_the_model_in_memory(
 
 
 def test_a_generation_reads_each_layer_once(
-    saved: Any, make_tokens: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saved: Any, make_tokens: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plans: Any
 ) -> None:
     _, model = _both(saved("llama"))
     spool = Spool(tmp_path / "spool")
@@ -159,7 +152,7 @@ def test_a_generation_reads_each_layer_once(
 
     original = spooling._read
     monkeypatch.setattr(spooling, "_read", note)
-    list(StreamedElastic(ranked, 2).hidden_states(PLANS, make_tokens(6, 14)))
+    list(StreamedElastic(ranked, 2).hidden_states(plans, make_tokens(6, 14)))
     assert len(read) == len(set(read)) > 30
     assert [int(path[:5]) for path, _ in read] == sorted(int(path[:5]) for path, _ in read)
 
@@ -231,6 +224,7 @@ def test_slices_and_exports_are_those_of_the_model_in_memory(
     family: str,
     tied: bool,
     reconstruction: str,
+    plans: Any,
 ) -> None:
     models = _both(saved(family, tied=tied))
     recipe = Recipe("wanda_sp", reconstruction, 0.1)
@@ -240,7 +234,7 @@ def test_slices_and_exports_are_those_of_the_model_in_memory(
         for model, spool in zip(models, spools, strict=True)
     )
     tokens = make_tokens(2, 12)
-    for number, plan in enumerate((PLANS[0], Plan.from_json([[2, 2, 24]] * 3))):
+    for number, plan in enumerate((plans[0], Plan.from_json([[2, 2, 24]] * 3))):
         one = sliced(held, plan)
         other = sliced_on_disk(streamed, plan, tmp_path / f"sliced-{number}")
         with torch.no_grad():
@@ -262,10 +256,12 @@ def test_slices_and_exports_are_those_of_the_model_in_memory(
             assert torch.equal(expected, other(tokens).logits), "converted in place, too"
 
 
-def test_a_stand_in_for_the_stopwatch_has_one_layer_for_all(saved: Any, make_tokens: Any) -> None:
+def test_a_stand_in_for_the_stopwatch_has_one_layer_for_all(
+    saved: Any, make_tokens: Any, plans: Any
+) -> None:
     held, streamed = _both(saved("qwen3"))
     tokens = make_tokens(2, 9)
-    one, other = (shaped(model, PLANS[1]) for model in (held, streamed))
+    one, other = (shaped(model, plans[1]) for model in (held, streamed))
     assert [x.shape for x in one.parameters()] == [x.shape for x in other.parameters()]
     with torch.no_grad():
         assert other(tokens).logits.shape == one(tokens).logits.shape
@@ -276,12 +272,8 @@ def test_a_stand_in_for_the_stopwatch_has_one_layer_for_all(saved: Any, make_tok
 
 def _tensors(folder: Path) -> dict[str, Any]:
     """The tensors of a folder by name, as something that compares bit by bit."""
-    shards = Shards(folder)
-    names = sorted(shards._files)
-    assert names
-    cpu = torch.device("cpu")
-    found = {name: shards.read(name, torch.bfloat16, cpu) for name in names}
+    found: dict[str, torch.Tensor] = {}
     for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as opened:
-            assert {opened.get_slice(x).get_dtype() for x in opened.keys()} == {"BF16"}  # noqa: SIM118
+        found |= load_file(file)
+    assert {x.dtype for x in found.values()} == {torch.bfloat16}
     return {name: (x.shape, x.view(torch.int16).tolist()) for name, x in found.items()}

@@ -1,9 +1,10 @@
-"""A tiny random model with its text, for whole runs in seconds."""
+"""Tiny random models, one with its text for whole runs in seconds, and plans for it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,20 @@ import yaml
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from pruning.plan import Plan
+from selfpruner.arena import Arena
+from selfpruner.config import load_config
+from selfpruner.progress import Progress
+from selfpruner.run_folder import RunFolder
+from selfpruner.workbench import prepare
+from selfpruner.workforce import threads_set
 
 _WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(93))]
 
@@ -61,9 +75,44 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "base.yaml"
 
 
-def _save_model(folder: Path) -> None:
+@pytest.fixture(scope="session")
+def opened(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Arena, RunFolder]:
+    """Return an arena of eight search sequences in micro-batches of two, and its folder."""
+    settings = ["data.search.tokens=128", "evaluation.batch_size=2"]
+    config = load_config(tiny_run, settings=settings)
+    folder = RunFolder.create(tmp_path_factory.mktemp("opened") / "run", config)
+    progress = Progress(StringIO())
+    with threads_set(1):
+        return Arena.open(prepare(config, progress), folder, progress), folder
+
+
+@pytest.fixture(scope="session")
+def plans_of() -> Callable[[Arena, int], list[Plan]]:
+    """Return what draws so many plans of an arena."""
+
+    def drawn(arena: Arena, count: int) -> list[Plan]:
+        rng, grid = np.random.default_rng(0), arena.bench.grid
+        levels = rng.integers(0, (len(grid.attention), len(grid.mlp)), (count, 3, 2)).tolist()
+        return [grid.plan([(a, m) for a, m in row]) for row in levels]
+
+    return drawn
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the modules beside the tests found, here and by processes that are spawned."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[[str], PreTrainedModel]:
+    return _model
+
+
+def _model(family: str) -> PreTrainedModel:
+    """Return a random model of three layers, two KV groups of two heads and 48 channels each."""
     config = AutoConfig.for_model(
-        "llama",
+        family,
         vocab_size=len(_WORDS),
         hidden_size=32,
         intermediate_size=48,
@@ -74,7 +123,11 @@ def _save_model(folder: Path) -> None:
         max_position_embeddings=64,
     )
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+def _save_model(folder: Path) -> None:
+    _model("llama").save_pretrained(folder)
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(_WORDS)}, "<unk>"))
     words.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(

@@ -37,7 +37,7 @@ from selfpruner.searching import search
 from selfpruner.sharing import SharedFitness
 from selfpruner.workbench import prepare
 from selfpruner.workers import in_workers
-from selfpruner.workforce import Workforce, threads_set
+from selfpruner.workforce import Workforce
 
 ray = pytest.importorskip("ray", reason="the extra `cluster` is not installed")
 
@@ -68,33 +68,16 @@ def _two_places() -> Iterator[None]:
     os.environ["PYTHONPATH"] = path
 
 
-@pytest.fixture(scope="module")
-def arena(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Arena, RunFolder]:
-    """Return an arena of eight search sequences in micro-batches of two, and its folder."""
-    settings = ["data.search.tokens=128", "evaluation.batch_size=2", "search.evaluations=30"]
-    config = load_config(tiny_run, settings=settings)
-    folder = RunFolder.create(tmp_path_factory.mktemp("ray") / "run", config)
-    progress = Progress(StringIO())
-    with threads_set(1):
-        return Arena.open(prepare(config, progress), folder, progress), folder
-
-
-def _plans(arena: Arena, count: int) -> list[Plan]:
-    rng, grid = np.random.default_rng(0), arena.bench.grid
-    levels = rng.integers(0, (len(grid.attention), len(grid.mlp)), (count, 3, 2)).tolist()
-    return [grid.plan([(a, m) for a, m in row]) for row in levels]
-
-
 def test_a_killed_worker_costs_its_batch_and_no_more(
-    arena: tuple[Arena, RunFolder], tmp_path: Path
+    opened: tuple[Arena, RunFolder], plans_of: Callable[[Arena, int], list[Plan]], tmp_path: Path
 ) -> None:
     workers = importlib.import_module("scoring_workers")
-    opened, folder = arena
-    assert isinstance(opened.score, Fitness)
-    plans, told = _plans(opened, 12), list[str]()
-    work = partial(workers.mortal, tmp_path, Post.of(opened.bench, folder, 1))
+    arena, folder = opened
+    assert isinstance(arena.score, Fitness)
+    plans, told = plans_of(arena, 12), list[str]()
+    work = partial(workers.mortal, tmp_path, Post.of(arena.bench, folder, 1))
     with TWO.residents(work, False, told.append) as crew:
-        shared = SharedFitness(opened.score, crew, 2, told.append)
+        shared = SharedFitness(arena.score, crew, 2, told.append)
         found = shared(plans, range(8))
         rows = workers.begun(tmp_path)
         lost = int((tmp_path / "died").read_text())
@@ -103,7 +86,7 @@ def test_a_killed_worker_costs_its_batch_and_no_more(
         # The other one may be done with all before the new one has ranked.
         assert len({process for process, _ in rows}) in (2, 3)
         assert told == ["a worker died; its batch is scored again by a new one"]
-        assert np.array_equal(found, opened.score(plans, range(8)))
+        assert np.array_equal(found, arena.score(plans, range(8)))
         left = [process for process, _ in rows]
     _wait_for(lambda: not any(psutil.pid_exists(x) for x in left))
 

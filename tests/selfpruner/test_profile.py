@@ -90,6 +90,19 @@ def test_errors_by_hand() -> None:
     assert found.speedup_error == pytest.approx(np.median([0, 1.1 / 0.8 - 1, 1 - 1.1 / 1.3]))
 
 
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("owner/Llama-3.2-1B", "Llama-3.2-1B-decode"),
+        ("models/small.gguf", "small.gguf-decode"),
+        ("configs/demo.yaml", "demo-decode"),
+    ],
+)
+def test_models_of_different_names_have_folders_of_their_own(source: str, name: str) -> None:
+    found = profiles.default_folder(source, Workload("decode", 1, 8))
+    assert found == Path("runs/profiles") / name
+
+
 def test_too_few_plans_are_refused(tiny_run: Path) -> None:
     said = CliRunner().invoke(main, ["profile", str(tiny_run), "--plans", "3"])
     assert said.exit_code == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pruning.families import family_of
 from pruning.plan import Grid, LayerPlan, Plan
@@ -29,29 +30,15 @@ PLAN = Plan((LayerPlan(1, 2, 16), LayerPlan(2, 2, 48), LayerPlan(2, 2, 8)))
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral", "qwen2", "qwen3"])
-def model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    return _model(request.param)
+def model(
+    make_model: Callable[[str], PreTrainedModel], request: pytest.FixtureRequest
+) -> PreTrainedModel:
+    return make_model(request.param)
 
 
 @pytest.fixture(scope="module")
-def llama() -> PreTrainedModel:
-    return _model("llama")
-
-
-def _model(family: str) -> PreTrainedModel:
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+def llama(make_model: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
+    return make_model("llama")
 
 
 def test_shaped_models_have_the_widths_and_no_memory(model: PreTrainedModel) -> None:
@@ -99,7 +86,7 @@ def test_a_timed_token_of_a_shaped_model(llama: PreTrainedModel) -> None:
     for in_place in (False, True):
         run = stopwatch.Pass(shaped(llama, PLAN), family_of(llama)[0], DECODE, in_place=in_place)
         run.reset()
-        assert run().shape == (2, 1, 100)
+        assert run().shape == (2, 1, 96)
 
 
 def test_models_take_turns_there_and_back(
@@ -123,7 +110,7 @@ def test_models_take_turns_there_and_back(
         rounds.extend([1] * (len(seen) == 2))
 
     monkeypatch.setattr(stopwatch.Pass, "__call__", called)
-    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     models = [shaped(llama, wide), shaped(llama, narrow)]
     family = family_of(llama)[0]
     found = stopwatch.take_turns(models, family, DECODE, 2, graphs=True, on_visit=visited)
@@ -165,8 +152,10 @@ def test_a_linear_machine_is_found(llama: PreTrainedModel, monkeypatch: pytest.M
         assert table.milliseconds(plan) == pytest.approx(by_hand)
 
 
-def test_more_than_a_window_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    mistral = _model("mistral")
+def test_more_than_a_window_is_refused(
+    make_model: Callable[[str], PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mistral = make_model("mistral")
     grid = Grid.of(family_of(mistral)[1], 8)
     monkeypatch.setattr(mistral.config, "sliding_window", 12)
     with pytest.raises(ValueError, match=r"^tokens: got 12, .* within a window of 12; .*$"):

@@ -5,9 +5,15 @@ from __future__ import annotations
 import errno
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
+from pruning import shards
+from pruning.plan import Plan
+from selfpruner import pipeline
+from selfpruner.arena import Arena
 from selfpruner.config import RunConfig, load_config
 from selfpruner.environment import environment
 from selfpruner.run_folder import RunFolder, is_run_folder
@@ -129,3 +135,18 @@ def test_environment_names_hardware_and_versions_but_no_host() -> None:
     text = json.dumps(found)
     assert str(Path.home()) not in text
     assert platform.node() not in text
+
+
+def test_a_disk_that_fills_up_under_the_ranking_is_an_error_of_the_system(
+    opened: tuple[Arena, RunFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which the command tells in one line; safetensors has an error of its own for it."""
+
+    def full(*_: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(shards, "save_file", full)
+    bench, prunable = opened[0].bench, opened[0].prunable
+    plan = Plan.dense(bench.architecture)
+    with pytest.raises(OSError, match="No space left on device"):
+        pipeline._write_plan(bench, prunable, plan, RunFolder(tmp_path))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from functools import partial
 from io import StringIO
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,15 +18,15 @@ from pruning.plan import LayerPlan, Plan
 from selfpruner.arena import Arena
 from selfpruner.blocks import blocks
 from selfpruner.cluster import places
-from selfpruner.config import load_config
 from selfpruner.fitness import Fitness
 from selfpruner.progress import Progress
 from selfpruner.resident import Post, opened_arena, score_block
 from selfpruner.run_folder import RunFolder
 from selfpruner.sharing import SharedFitness
 from selfpruner.stopping import TerminatedError, draining
-from selfpruner.workbench import prepare
 from selfpruner.workforce import Workforce, threads_set
+
+Draw = Callable[[Arena, int], list[Plan]]
 
 PLANS = st.lists(st.integers(1, 3), min_size=3, max_size=3).map(
     lambda widths: Plan(tuple(LayerPlan(1, 1, width) for width in widths))
@@ -77,24 +77,7 @@ def test_a_cluster_has_a_place_for_each_gpu_or_each_so_many_cores() -> None:
         places(nodes[:1], 1, on_gpus=True)
 
 
-@pytest.fixture(scope="module")
-def opened(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Arena, RunFolder]:
-    """Return an arena of eight search sequences in micro-batches of two, and its folder."""
-    settings = ["data.search.tokens=128", "evaluation.batch_size=2"]
-    config = load_config(tiny_run, settings=settings)
-    folder = RunFolder.create(tmp_path_factory.mktemp("shared") / "run", config)
-    progress = Progress(StringIO())
-    with threads_set(1):
-        return Arena.open(prepare(config, progress), folder, progress), folder
-
-
-def plans_of(arena: Arena, count: int) -> list[Plan]:
-    rng, grid = np.random.default_rng(0), arena.bench.grid
-    levels = rng.integers(0, (len(grid.attention), len(grid.mlp)), (count, 3, 2)).tolist()
-    return [grid.plan([(a, m) for a, m in row]) for row in levels]
-
-
-def test_processes_score_as_one_does(opened: tuple[Arena, RunFolder]) -> None:
+def test_processes_score_as_one_does(opened: tuple[Arena, RunFolder], plans_of: Draw) -> None:
     arena, folder = opened
     plans, sequences = plans_of(arena, 9), [3, 0, 1, 6, 7]
     assert isinstance(arena.score, Fitness)
@@ -108,7 +91,9 @@ def test_processes_score_as_one_does(opened: tuple[Arena, RunFolder]) -> None:
         assert shared([], sequences).shape == (0, 5)
 
 
-def test_a_worker_that_ranks_otherwise_is_refused(opened: tuple[Arena, RunFolder]) -> None:
+def test_a_worker_that_ranks_otherwise_is_refused(
+    opened: tuple[Arena, RunFolder], plans_of: Draw
+) -> None:
     arena, folder = opened
     post = Post.of(arena.bench, folder, 1)
     other = tuple((n, '{"order_hash": "0"}' if n == "order.json" else x) for n, x in post.began)
@@ -120,8 +105,8 @@ def test_a_worker_that_ranks_otherwise_is_refused(opened: tuple[Arena, RunFolder
             shared(plans_of(arena, 2), [0])
 
 
-@pytest.mark.usefixtures("_importable")
-def test_a_batch_that_kills_is_given_up(opened: tuple[Arena, RunFolder]) -> None:
+@pytest.mark.usefixtures("importable")
+def test_a_batch_that_kills_is_given_up(opened: tuple[Arena, RunFolder], plans_of: Draw) -> None:
     from scoring_workers import doomed  # type: ignore[import-not-found]
 
     arena, told = opened[0], list[str]()
@@ -133,9 +118,9 @@ def test_a_batch_that_kills_is_given_up(opened: tuple[Arena, RunFolder]) -> None
     assert told == ["a worker died; its batch is scored again by a new one"] * 2
 
 
-@pytest.mark.usefixtures("_importable")
+@pytest.mark.usefixtures("importable")
 def test_a_worker_that_dies_after_a_stop_was_asked_for_ends_the_search(
-    opened: tuple[Arena, RunFolder],
+    opened: tuple[Arena, RunFolder], plans_of: Draw
 ) -> None:
     from scoring_workers import doomed  # type: ignore[import-not-found]
 
@@ -156,8 +141,3 @@ def test_one_process_alone_scores_itself(opened: tuple[Arena, RunFolder]) -> Non
     arena, folder = opened
     with opened_arena(arena.bench, folder, Progress(StringIO()), Workforce()) as found:
         assert isinstance(found.score, Fitness)
-
-
-@pytest.fixture
-def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))

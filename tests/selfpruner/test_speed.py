@@ -170,11 +170,14 @@ def test_a_missing_gguf_is_said(
     ("arguments", "line"),
     [
         (["--out", "a.txt"], "--out: got a.txt; allowed: a name that ends in .json or .html"),
+        (["--out", "gone/a.json"], "--out: no such folder: gone"),
         (["--batches", "1,x"], "--batches: got '1,x'; allowed: whole numbers such as 1,8,64"),
         (["--batches", "0"], "speed: got batches [0], lengths [128, 512], new tokens 16, "
          "repeats 5; allowed: 1 and more"),
         (["--engines", "tgi"], "--engines: got tgi; allowed: transformers, vllm, llama.cpp"),
         (["--gguf", "gone.gguf"], "--gguf: no such file: gone.gguf"),
+        (["--baseline", "smollm2-135m-instruct", "--baseline-gguf", "gone.gguf"],
+         "--baseline-gguf: no such file: gone.gguf"),
         (["--engines", "llama.cpp"], "speed: llama.cpp: needs a GGUF file: --gguf"),
         (["--engines", "vllm", "--vllm-python", "gone"],
          "speed: vllm: gone: No such file or directory"),

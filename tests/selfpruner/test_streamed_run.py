@@ -19,7 +19,7 @@ from pruning import loading
 from selfpruner import finishing, pipeline, verdict
 from selfpruner.config import RunConfig, load_config
 from selfpruner.progress import Progress
-from selfpruner.results import Results
+from selfpruner.results import Refit, Results
 from selfpruner.run_folder import RunFolder
 
 COMMON = ("evaluation.tasks=[]", "evaluation.speed.repeats=1", "evaluation.speed.new_tokens=1")
@@ -111,6 +111,15 @@ def test_the_reports_say_the_same(folders: tuple[RunFolder, RunFolder]) -> None:
     assert folders[1].report.is_file()
 
 
+def test_bytes_of_weights_are_what_pruning_alone_saves(
+    folders: tuple[RunFolder, RunFolder],
+) -> None:
+    """Whatever dtype a run computes in, it exports bfloat16: both models are counted in that."""
+    for found in map(_results, folders):
+        assert found.memory.dense_bytes == 2 * found.model.parameters_dense
+        assert found.memory.pruned_bytes == 2 * found.model.parameters_pruned
+
+
 def test_nothing_is_left_of_the_scratch_folder(folders: tuple[RunFolder, RunFolder]) -> None:
     assert not folders[1].scratch.exists()
 
@@ -149,6 +158,24 @@ def test_tasks_open_one_model_after_the_other_when_all_else_is_gone(
     assert _results(folder).quality.dense.tasks["boolq"].n == 2
     assert len(layers) == 2
     assert all(" on disk" in x for x in layers)
+
+
+def test_a_refit_that_does_not_help_costs_no_second_slicing(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sliced: list[str] = []
+
+    def noted(elastic: Any, plan: Any, folder: Path) -> Any:
+        sliced.append(folder.name)
+        return original(elastic, plan, folder)
+
+    original = finishing.sliced_on_disk
+    monkeypatch.setattr(finishing, "sliced_on_disk", noted)
+    monkeypatch.setattr(finishing, "_judged", lambda a, b: Refit(kept=False, before=a, after=b))
+    found = _results(_run(_config(tiny_run, "streamed"), tmp_path / "run"))
+    assert found.refit is not None
+    assert not found.refit.kept
+    assert sorted(sliced) == sorted({*found.controls, "found"})
 
 
 def _results(folder: RunFolder) -> Results:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -11,15 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from selfpruner import workers
 from selfpruner.cells import finish_cells
 from selfpruner.workers import Processes, in_workers
 
-pytestmark = pytest.mark.usefixtures("_importable")
-
-
-@pytest.fixture
-def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+pytestmark = pytest.mark.usefixtures("importable")
 
 
 def test_every_cell_is_done_once_by_the_workers_there_are() -> None:
@@ -50,6 +47,28 @@ def test_a_worker_that_dies_loses_only_its_cell(tmp_path: Path) -> None:
     again = finish_cells(path, cells, lambda x: in_workers(x, Processes(square, 2), told.append))
     assert [x["cell"]["n"] for x in again] == [0, 1, 2, 3, 4]
     assert len(path.read_text().splitlines()) == 5
+
+
+def test_a_worker_that_dies_without_a_task_is_replaced() -> None:
+    from analytic_cells import square
+
+    crew = Processes(square, 1)
+    first = crew.outcome(crew.submit(0, {"n": 2}))
+    os.kill(first["process"], signal.SIGKILL)
+    until = time.monotonic() + 60
+    while not crew._pools[0]._broken and time.monotonic() < until:
+        time.sleep(0.05)
+    second = crew.outcome(crew.submit(0, {"n": 3}))
+    crew.close()
+    assert second["square"] == 9
+    assert second["process"] != first["process"]
+
+
+def test_a_worker_that_ends_while_it_is_interrupted_stops_nobody() -> None:
+    process = multiprocessing.get_context("spawn").Process(target=os.getpid)
+    process.start()
+    process.join()
+    workers._interrupt(process)
 
 
 def test_a_refusal_comes_through_as_one() -> None:
