@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from agent.settings import SearchSettings
+from agent.settings import DriverSettings, SearchSettings
 from benchmarks.backend import report_losses
 from selfpruner.arena import Arena
 from selfpruner.cells import Cell, Row, run_cells
@@ -116,7 +116,11 @@ def _config(
 
 def _shared(config: RunConfig) -> str:
     """Return what rows have in common that rank and judge alike, as JSON."""
-    same = {"budget": BudgetSettings(parameters=SHARES[0]), "search": SearchSettings()}
+    same = {
+        "budget": BudgetSettings(parameters=SHARES[0]),
+        "search": SearchSettings(),
+        "driver": DriverSettings(),
+    }
     return config.model_copy(update=same).model_dump_json()
 
 
