@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Handler = Callable[[int, FrameType | None], None]
 
-_asked: list[str] = []  # signals that asked the `draining` block under way for a stop
+_controls: list[RunControl] = []  # of the `draining` blocks under way
 
 
 class TerminatedError(KeyboardInterrupt):
@@ -54,15 +54,15 @@ def draining(
             tell(f"{name}: stopped at once; `selfpruner resume` goes on")
             leave(128 + number)
         else:
-            _asked.append(name)
             control.request_drain(name)
             tell(f"{name}: stopping after this step; once more stops at once")
 
+    _controls.append(control)
     try:
         with _handled(drain, (signal.SIGINT, signal.SIGTERM)):
             yield
     finally:
-        _asked.clear()
+        _controls.remove(control)
 
 
 def raise_if_asked() -> None:
@@ -71,8 +71,9 @@ def raise_if_asked() -> None:
     Raises:
         KeyboardInterrupt: it was; TerminatedError for SIGTERM.
     """
-    if _asked:
-        raise stop_of(_asked[0])
+    for control in _controls:
+        if control.drain_requested:
+            raise stop_of(str(control.drain_reason))
 
 
 @contextmanager
