@@ -28,7 +28,7 @@ from pruning.slicing import sliced
 from selfpruner.cells import Cell, Row, run_cells
 from selfpruner.config import RunConfig
 from selfpruner.progress import Progress
-from selfpruner.workbench import Workbench, prepare, quiet_libraries
+from selfpruner.workbench import Workbench, prepare, settle_process
 
 RESULTS = Path(__file__).parent / "results" / "backend.jsonl"
 SHARE = 0.7
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--data-root", default=None)
     root = parser.parse_args().data_root
     torch.manual_seed(0)
-    quiet_libraries()
+    settle_process()
     texts = "passages" if root is None else "c4, wikitext2"
     cells = [
         {"texts": texts, "share": SHARE, "reconstruction": name, "refit": refitted}

@@ -35,7 +35,7 @@ from selfpruner.progress import Progress
 from selfpruner.resident import Post, opened_arena, score_block
 from selfpruner.run_folder import RunFolder
 from selfpruner.sharing import Floats
-from selfpruner.workbench import prepare, quiet_libraries
+from selfpruner.workbench import prepare, settle_process
 from selfpruner.workforce import Workforce, threads_set
 
 RESULTS = Path(__file__).parent / "results" / "cluster.jsonl"
@@ -85,7 +85,7 @@ class _Bench:
         return {"seconds": seconds, "identical": identical}
 
     def _opened(self) -> tuple[Arena, Way]:
-        quiet_libraries()
+        settle_process()
         enter = self._stack.enter_context
         enter(threads_set(1))
         place = Path(enter(tempfile.TemporaryDirectory()))

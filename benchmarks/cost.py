@@ -35,7 +35,7 @@ from selfpruner.cells import Cell, Row, run_cells
 from selfpruner.config import RunConfig
 from selfpruner.fitness import Fitness
 from selfpruner.progress import Progress
-from selfpruner.workbench import Workbench, prepare, quiet_libraries, rank
+from selfpruner.workbench import Workbench, prepare, rank, settle_process
 
 RESULTS = Path(__file__).parent / "results" / "cost.jsonl"
 SHARE = 0.7
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--timed", type=int, default=20)
     options = parser.parse_args()
     torch.manual_seed(0)
-    quiet_libraries()
+    settle_process()
     scene = cache(lambda: Scene(_bench(options.data_root)))
     texts = "passages" if options.data_root is None else "c4"
     rows: list[Row] = []

@@ -34,7 +34,7 @@ from pruning.statistics import LayerStatistics, stream_statistics
 from selfpruner.cells import Cell, Row, run_cells
 from selfpruner.config import RunConfig
 from selfpruner.progress import Progress
-from selfpruner.workbench import Workbench, prepare, quiet_libraries
+from selfpruner.workbench import Workbench, prepare, settle_process
 
 RESULTS = Path(__file__).parent / "results" / "ranking.jsonl"
 LENGTH = 512
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--data-root", default=None)
     root = parser.parse_args().data_root
     torch.manual_seed(0)
-    quiet_libraries()
+    settle_process()
     texts = "passages" if root is None else "c4, wikitext2"
     names = ("tokens", "metric", "ridge", "share", "refit")
     cells: list[Cell] = [

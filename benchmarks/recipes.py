@@ -1,6 +1,6 @@
 """Whole recipes at equal budgets: perplexity on held-out text of what each of them leaves.
 
-    python -m benchmarks.recipes [--data-root DIR] [--model NAME]
+    python -m benchmarks.recipes [--data-root DIR] [--model NAME] [--shares 0.7] [--rows best flap]
 
 The default recipe beside the published ones and beside uniform plans under its own correction and
 refit: calibration 32,768 tokens, searches at the price of 40 evaluations on 4,096 tokens (the
@@ -30,7 +30,7 @@ from selfpruner.finishing import best_on_fresh_tokens, finish
 from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
 from selfpruner.searching import search
-from selfpruner.workbench import prepare, quiet_libraries
+from selfpruner.workbench import prepare, settle_process
 
 BASE = Path(__file__).with_suffix(".yaml")
 RESULTS = Path(__file__).parent / "results" / "recipes.jsonl"
@@ -73,12 +73,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-root", default=None)
     parser.add_argument("--model", default=None)
+    parser.add_argument("--shares", type=float, nargs="+", choices=SHARES, default=SHARES)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="the default too")
     options = parser.parse_args()
-    quiet_libraries()
+    settle_process()
     configs = {
-        (row, share): _config(settings, share, options.model, options.data_root)
-        for row, settings in ROWS.items()
-        for share in SHARES
+        (row, share): _config(ROWS[row], share, options.model, options.data_root)
+        for row in dict.fromkeys((DEFAULT, *options.rows))
+        for share in options.shares
     }
     cells = [
         {
@@ -156,21 +158,24 @@ def _figures(arena: Arena, progress: Progress) -> dict[str, Any]:
 def _table(rows: list[Row]) -> str:
     """Return the perplexities by row and budget, and the default's beside its targets."""
     found = {(x["cell"]["row"], x["cell"]["share"]): x["figures"]["perplexity"] for x in rows}
+    names, shares = (list(dict.fromkeys(x)) for x in zip(*found, strict=True))
     lines = [
-        "| recipe | " + " | ".join(f"{share} kept" for share in SHARES) + " |",
-        "|---|" + "---:|" * len(SHARES),
+        "| recipe | " + " | ".join(f"{share} kept" for share in shares) + " |",
+        "|---|" + "---:|" * len(shares),
         *(
-            f"| {row} | " + " | ".join(f"{found[row, share]:.2f}" for share in SHARES) + " |"
-            for row in ROWS
+            f"| {row} | " + " | ".join(f"{found[row, share]:.2f}" for share in shares) + " |"
+            for row in names
         ),
         f"dense {rows[0]['figures']['dense']:.2f}",
     ]
-    for share in SHARES:
-        for names, most in TARGETS.items():
-            rival = min(names, key=lambda name: found[name, share])
-            ratio = found[DEFAULT, share] / found[rival, share]
-            verdict = "reached" if ratio <= most else "missed"
-            lines.append(f"{share}: {ratio:.3f} of {rival}; target {most}: {verdict}")
+    for share in shares:
+        for rivals, most in TARGETS.items():
+            asked = [name for name in rivals if name in names]
+            if asked:
+                rival = min(asked, key=lambda name: found[name, share])
+                ratio = found[DEFAULT, share] / found[rival, share]
+                verdict = "reached" if ratio <= most else "missed"
+                lines.append(f"{share}: {ratio:.3f} of {rival}; target {most}: {verdict}")
     return "\n".join(lines)
 
 

@@ -163,7 +163,7 @@ def _write_model(folder: Path, hidden: int, layers: int) -> None:
     from tokenizers.pre_tokenizers import Whitespace
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    from selfpruner.workbench import quiet_libraries
+    from selfpruner.workbench import settle_process
 
     words = ["<unk>", "<s>", "</s>", *WORDS]
     config = AutoConfig.for_model(
@@ -177,7 +177,7 @@ def _write_model(folder: Path, hidden: int, layers: int) -> None:
         head_dim=64,
         max_position_embeddings=LENGTH,
     )
-    quiet_libraries()
+    settle_process()
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     made = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))

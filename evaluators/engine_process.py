@@ -108,11 +108,17 @@ class EngineProcess:
 
 
 def _environment(python: str, threads: int) -> dict[str, str]:
-    """Return this process's environment, for `threads` threads that do not spin while they wait."""
+    """Return this process's environment, for `threads` threads that do not spin while they wait.
+
+    glibc keeps freed memory, as heaps made for servers do: how often it would give it back and
+    fetch it again differs from one model to the next, and takes as long as their operations.
+    """
     environment = dict(os.environ)
     if Path(python).absolute() != Path(sys.executable).absolute():
         environment.pop("PYTHONPATH", None)  # packages of this interpreter, not of that one
     defaults = {
+        "MALLOC_MMAP_THRESHOLD_": str(2**28),
+        "MALLOC_TRIM_THRESHOLD_": str(2**30),
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",

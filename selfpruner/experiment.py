@@ -27,12 +27,11 @@ from selfpruner.experiment_config import Experiment, load_experiment
 from selfpruner.experiment_page import write_experiment_page
 from selfpruner.experiment_study import Study
 from selfpruner.finishing import mean_fitness
-from selfpruner.heap import share_heap
 from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
 from selfpruner.searching import check_words_and_drivers, search
 from selfpruner.stopping import terminable
-from selfpruner.workbench import prepare, quiet_libraries, resolved_device
+from selfpruner.workbench import prepare, resolved_device, settle_process
 from selfpruner.workers import in_workers, take_device
 from selfpruner.workforce import Workforce
 
@@ -130,8 +129,7 @@ class _Searches:
     def __init__(
         self, plan: Experiment, folder: Path, progress: Progress, threads: int | None
     ) -> None:
-        share_heap()
-        quiet_libraries()
+        settle_process(streaming=plan.base.memory == "streamed")
         if threads is not None:
             torch.set_num_threads(threads)
         self._plan, self._folder, self._progress = plan, folder, progress

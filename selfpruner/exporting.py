@@ -11,7 +11,7 @@ from pruning.registration import register_with_transformers
 from pruning.shards import Shards
 from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
-from selfpruner.workbench import quiet_libraries
+from selfpruner.workbench import settle_process
 
 if TYPE_CHECKING:
     from pruning.gguf import FileType
@@ -30,7 +30,7 @@ def export_gguf(folder: RunFolder, out: Path | None, dtype: FileType, progress: 
     model, path = _model(folder), out or folder.gguf
     if path.suffix != ".gguf" or path.is_dir():
         raise ValueError(f"--out: got {path}; allowed: a file whose name ends in .gguf")
-    quiet_libraries()
+    settle_process()
     path.parent.mkdir(parents=True, exist_ok=True)
     with progress.stage(f"write {path.name}", len(Shards(model))) as advance:
         architecture = write_gguf(model, path, dtype, advance)
@@ -56,7 +56,7 @@ def export_hf(
         raise ValueError(f"--out: not given; {model} is a Hugging Face folder already")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out: {out} exists; choose another")
-    quiet_libraries()
+    settle_process()
     with progress.stage(f"write {out.name}"):
         if dtype is None:
             shutil.copytree(model, out, dirs_exist_ok=True)

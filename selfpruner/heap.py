@@ -1,32 +1,31 @@
-"""The heap of glibc: one for all threads, and large blocks beside it.
+"""The heap of glibc: one for all threads, and what becomes of freed memory.
 
 The graph runs its nodes in a thread, and glibc would give it a heap of its own. Memory that one
 heap has freed is not used again by another, so two of them grow to the sum of their peaks: a
 gigabyte more in the demo.
 
-Blocks beside the heap go back to the system when they are freed; glibc puts ever larger ones into
-the heap (up to 32 MiB), where they leave gaps. A streamed run frees a layer's tensors all the time.
+Every operation on tensors allocates its result. glibc gives freed memory back to the system, which
+clears each page anew when it is touched again; on a CPU that takes as long as the operations do
+(EXPERIMENTS.md). So it is kept, but in a streamed run: there large blocks lie beside the heap and
+go back when they are freed, because a layer's tensors come and go and would leave gaps.
 """
 
 from __future__ import annotations
 
 import ctypes
 
-_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # malloc.h of glibc
-_LARGE = 256 * 2**10
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h of glibc
+_RETURNED = 256 * 2**10  # blocks of a streamed run from this size on lie beside the heap
+_KEPT = 256 * 2**20  # smaller ones come from the heap elsewhere
+_FREE = 2**30  # that the heap keeps at its end
 
 
-def share_heap() -> None:
-    """Have threads that start from now on allocate where the first does; nothing without glibc."""
-    _set(_M_ARENA_MAX, 1)
-
-
-def return_large_blocks() -> None:
-    """Have blocks of 256 KiB and more go back to the system when freed; nothing without glibc."""
-    _set(_M_MMAP_THRESHOLD, _LARGE)
-
-
-def _set(option: int, value: int) -> None:
+def settle_heap(*, streaming: bool) -> None:
+    """Set what this process does with freed memory from now on; nothing without glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(option, value)
+    if mallopt is None:
+        return
+    mallopt(_M_ARENA_MAX, 1)
+    mallopt(_M_MMAP_THRESHOLD, _RETURNED if streaming else _KEPT)
+    if not streaming:
+        mallopt(_M_TRIM_THRESHOLD, _FREE)

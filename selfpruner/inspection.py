@@ -15,7 +15,7 @@ from selfpruner import judge
 from selfpruner.config import EvaluationSettings, RunConfig
 from selfpruner.progress import Progress
 from selfpruner.settings import Task
-from selfpruner.workbench import quiet_libraries, resolved_device, resolved_dtype
+from selfpruner.workbench import resolved_device, resolved_dtype, settle_process
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,7 +73,7 @@ def _names(model: str, baseline: str | None) -> list[str]:
 def _loaded(
     name: str, spread: bool | None, trust_remote_code: bool, progress: Progress
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    quiet_libraries()
+    settle_process()
     config = RunConfig(model=name)
     spreads = torch.cuda.device_count() > 1 if spread is None else spread
     with progress.stage(f"load {name}"):

@@ -31,7 +31,6 @@ from selfpruner.finishing import (
 )
 from selfpruner.fitness import Fitness
 from selfpruner.front import front
-from selfpruner.heap import return_large_blocks, share_heap
 from selfpruner.model_card import model_card
 from selfpruner.overlap import check_items
 from selfpruner.progress import Progress
@@ -41,7 +40,7 @@ from selfpruner.results import FrontPoint
 from selfpruner.run_folder import RunFolder
 from selfpruner.searching import check_words_and_drivers, search
 from selfpruner.verdict import Outcome, verdict
-from selfpruner.workbench import Workbench, prepare, quiet_libraries
+from selfpruner.workbench import Workbench, prepare, settle_process
 from selfpruner.workforce import Workforce
 
 if TYPE_CHECKING:
@@ -86,10 +85,7 @@ def compress(
         DriverError: all drivers of the search gave up.
         KeyboardInterrupt: a signal stopped it; the search stops between two steps.
     """
-    share_heap()
-    if config.memory == "streamed":
-        return_large_blocks()
-    quiet_libraries()
+    settle_process(streaming=config.memory == "streamed")
     torch.manual_seed(config.seed)
     check_words_and_drivers(config)
     bench = prepare(config, progress, folder)

@@ -21,7 +21,7 @@ from selfpruner.notation import times
 from selfpruner.profiling import Detail, known_table, random_plans, repeatability, timed
 from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
-from selfpruner.workbench import grid_of, quiet_libraries, resolved_device, resolved_dtype
+from selfpruner.workbench import grid_of, resolved_device, resolved_dtype, settle_process
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,7 +117,7 @@ def profile_command(
     """
     if plans < LEAST_PLANS:
         raise ValueError(f"--plans: got {plans}, allowed at least {LEAST_PLANS}")
-    quiet_libraries()
+    settle_process()
     config = load_config(Path(source)) if _is_config(source) else RunConfig(model=source)
     trusted = trust_remote_code or config.trust_remote_code
     grid = grid_of(config, architecture_of(config.model, trust_remote_code=trusted))

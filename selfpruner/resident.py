@@ -17,7 +17,6 @@ from selfpruner.blocks import Block
 from selfpruner.config import parse_config
 from selfpruner.crew import Crew, outcomes
 from selfpruner.fitness import Fitness
-from selfpruner.heap import share_heap
 from selfpruner.profiling import TABLE
 from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
@@ -25,9 +24,9 @@ from selfpruner.sharing import Floats, SharedFitness
 from selfpruner.workbench import (
     Workbench,
     prepare,
-    quiet_libraries,
     resolved_device,
     resolved_dtype,
+    settle_process,
 )
 from selfpruner.workers import take_device
 from selfpruner.workforce import Workforce, threads_set
@@ -112,8 +111,6 @@ def _never(_: Block) -> bool:
 
 @cache
 def _arena(post: Post, number: int) -> Arena:
-    share_heap()
-    quiet_libraries()
     take_device(number)
     torch.set_num_threads(post.threads)
     silent = Progress(StringIO())
@@ -122,5 +119,7 @@ def _arena(post: Post, number: int) -> Arena:
         folder.statistics.mkdir()
         for name, text in post.began:
             (folder.statistics / name).write_text(text, encoding="utf-8")
-        bench = prepare(parse_config(post.config, "the run's configuration"), silent, folder)
+        config = parse_config(post.config, "the run's configuration")
+        settle_process(streaming=config.memory == "streamed")
+        bench = prepare(config, silent, folder)
         return Arena.open(bench, folder, silent)

@@ -26,6 +26,7 @@ from pruning.sequential import SequentialModel
 from pruning.spool import Spool
 from selfpruner.config import RunConfig
 from selfpruner.data import TextData, load_texts
+from selfpruner.heap import settle_heap
 from selfpruner.latency_table import LatencyTable
 from selfpruner.profiling import Detail, known_table, stored_table
 from selfpruner.progress import Progress
@@ -217,13 +218,14 @@ def _ranked(bench: Workbench, progress: Progress) -> ElasticModel:
     return ranked if bench.scratch is None else StreamedElastic(ranked, batch_size)
 
 
-def quiet_libraries() -> None:
-    """Turn off the progress bars of transformers, and what accelerate says of where weights lie.
+def settle_process(*, streaming: bool = False) -> None:
+    """Settle the heap, and turn off the bars of transformers and what accelerate says of weights.
 
-    The command shows and says its own.
+    The command shows and says its own. `streaming`: layers are read from disk as they are needed.
     """
     from transformers.utils.logging import disable_progress_bar
 
+    settle_heap(streaming=streaming)
     disable_progress_bar()
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
 

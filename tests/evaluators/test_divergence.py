@@ -153,6 +153,15 @@ def test_large_logits_do_not_overflow() -> None:
     assert bool((reference.kl(1000 * dense).abs() < 1e-1).all())
 
 
+@pytest.mark.parametrize("level", [-300.0, -60.0, 0.0, 60.0, 300.0])
+def test_the_level_of_logits_is_added(level: float) -> None:
+    _, hidden, head = _case(torch.float32)
+    ones = torch.ones(VOCABULARY, 1)
+    levels = torch.full((POSITIONS, 1), level)
+    found = log_partition(torch.cat([hidden, levels], 1), torch.cat([head, ones], 1))
+    assert torch.allclose(found, log_partition(hidden, head) + level, rtol=1e-6, atol=1e-5)
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 23, 1000])
 def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     dense, pruned, head = _case()
