@@ -23,6 +23,7 @@ from typing import Any
 
 from agent.settings import DriverSettings, SearchSettings
 from benchmarks.backend import report_losses
+from evaluators.significance import mean_interval
 from selfpruner.arena import Arena
 from selfpruner.cells import Cell, Row, run_cells
 from selfpruner.config import BudgetSettings, RunConfig, load_config
@@ -157,13 +158,17 @@ def _figures(arena: Arena, progress: Progress) -> dict[str, Any]:
 
 def _table(rows: list[Row]) -> str:
     """Return the perplexities by row and budget, and the default's beside its targets."""
-    found = {(x["cell"]["row"], x["cell"]["share"]): x["figures"]["perplexity"] for x in rows}
+    found = {(x["cell"]["row"], x["cell"]["share"]): x["figures"] for x in rows}
     names, shares = (list(dict.fromkeys(x)) for x in zip(*found, strict=True))
+
+    def perplexity(name: str, share: float) -> float:
+        return float(found[name, share]["perplexity"])
+
     lines = [
         "| recipe | " + " | ".join(f"{share} kept" for share in shares) + " |",
         "|---|" + "---:|" * len(shares),
         *(
-            f"| {row} | " + " | ".join(f"{found[row, share]:.2f}" for share in shares) + " |"
+            f"| {row} | " + " | ".join(f"{perplexity(row, share):.2f}" for share in shares) + " |"
             for row in names
         ),
         f"dense {rows[0]['figures']['dense']:.2f}",
@@ -172,11 +177,19 @@ def _table(rows: list[Row]) -> str:
         for rivals, most in TARGETS.items():
             asked = [name for name in rivals if name in names]
             if asked:
-                rival = min(asked, key=lambda name: found[name, share])
-                ratio = found[DEFAULT, share] / found[rival, share]
-                verdict = "reached" if ratio <= most else "missed"
-                lines.append(f"{share}: {ratio:.3f} of {rival}; target {most}: {verdict}")
+                rival = min(asked, key=lambda name: perplexity(name, share))
+                told = _beside(found[DEFAULT, share], found[rival, share], most)
+                lines.append(f"{share}: {told} of {rival}")
     return "\n".join(lines)
+
+
+def _beside(ours: Mapping[str, Any], theirs: Mapping[str, Any], most: float) -> str:
+    """Return the ratio of perplexities, its 95 % interval over windows, and the target."""
+    gaps = [a - b for a, b in zip(ours["losses"], theirs["losses"], strict=True)]
+    low, high = mean_interval(gaps) or (math.nan, math.nan)
+    ratio = math.exp(statistics.fmean(gaps))
+    verdict = "reached" if ratio <= most else "missed"
+    return f"{ratio:.3f} ({math.exp(low):.3f} to {math.exp(high):.3f}; target {most}: {verdict})"
 
 
 if __name__ == "__main__":
