@@ -1,0 +1,44 @@
+"""The table of whole recipes: what stands in it, and what it says of targets."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from benchmarks import recipes
+from selfpruner.cells import Row
+
+
+def _row(name: str, share: float, losses: list[float]) -> Row:
+    mean = sum(losses) / len(losses)
+    figures = {"perplexity": math.exp(mean), "dense": math.exp(1.0), "losses": losses}
+    return {"cell": {"row": name, "share": share}, "figures": figures}
+
+
+def test_the_better_rival_counts_and_intervals_are_paired() -> None:
+    ours = [2.0, 4.0, 3.0]
+    near, far = [x + 0.5 for x in ours], [x + 1.0 for x in ours]
+    rows = [_row(recipes.DEFAULT, 0.7, ours)]
+    rows += [_row(name, 0.7, x) for name, x in zip(recipes.UNIFORM, (far, near), strict=True)]
+    *_, last = recipes._table(rows).splitlines()
+    ratio = f"{math.exp(-0.5):.3f}"
+    assert (
+        last == f"0.7: {ratio} ({ratio} to {ratio}; target 0.75: reached) of {recipes.UNIFORM[1]}"
+    )
+
+
+def test_rows_that_were_not_asked_for_are_left_out() -> None:
+    rows = [_row(recipes.DEFAULT, 0.5, [3.0, 3.5]), _row("flap", 0.5, [3.0, 3.25])]
+    lines = recipes._table(rows).splitlines()
+    assert lines[0] == "| recipe | 0.5 kept |"
+    assert [x.split(" |")[0] for x in lines[2:4]] == [f"| {recipes.DEFAULT}", "| flap"]
+    assert len(lines) == 6
+    assert lines[-1].endswith("missed) of flap")
+
+
+@pytest.mark.parametrize("row", list(recipes.ROWS))
+def test_every_row_is_a_sound_configuration(row: str) -> None:
+    config = recipes._config(recipes.ROWS[row], 0.5, None, None)
+    assert config.budget.parameters == 0.5
+    assert config.data.calibrate.tokens == 32_768
