@@ -55,6 +55,14 @@ class ElasticModel:
         self._cache: OrderedDict[tuple[int, str, tuple[int, ...]], LayerParameters] = OrderedDict()
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
 
+    @property
+    def caches_plans(self) -> bool:
+        """Whether the cuts of a whole plan fit the cache; else each would push out the others."""
+        layers = self.family.layers(self.model)
+        roles = (self.family.o, self.family.down)
+        weights = (x.get_parameter(f"{role}.weight") for x in layers for role in roles)
+        return sum(x.numel() * x.element_size() for x in weights) <= self._cache_bytes
+
     @classmethod
     def rank(
         cls,

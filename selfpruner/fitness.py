@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from evaluators.choices import EncodedChoices, choice_margins
 from evaluators.divergence import DenseReference, TopReference, negative_log_likelihood
+from pruning.elastic_layerwise import LayerwiseElastic
 from pruning.families import Family
 from pruning.plan import Plan
 from pruning.streaming import final_states, is_streamed
@@ -113,8 +114,9 @@ class Fitness:
         scores = np.zeros((len(plans), len(sequences)))
         if any(name in self._weights for name in TEXT_TERMS):
             self._refer(sequences)
-            # What is streamed is read once a call: it makes its own micro-batches.
-            step = len(sequences) if is_streamed(self._dense) else self._batch_size
+            # Each layer is read, or its cuts made, once a call: those make their own micro-batches.
+            layerwise = is_streamed(self._dense) or isinstance(self._runs, LayerwiseElastic)
+            step = len(sequences) if layerwise else self._batch_size
             for start in range(0, len(sequences), step):
                 chosen = sequences[start : start + step]
                 columns = slice(start, start + len(chosen))

@@ -18,7 +18,7 @@ from pruning.budget import Budget
 from pruning.calibration import grown_calibration
 from pruning.elastic import ElasticModel, Prunable
 from pruning.elastic_layer import Recipe
-from pruning.elastic_streamed import StreamedElastic
+from pruning.elastic_layerwise import LayerwiseElastic
 from pruning.families import Family, family_of
 from pruning.loading import architecture_of, load, load_streamed
 from pruning.plan import Grid, Plan
@@ -204,18 +204,20 @@ def _ranked(bench: Workbench, progress: Progress) -> ElasticModel:
         if bench.config.pruning.calibration == "auto":
             unit = bench.recipe.unit
             grown = grown_calibration(*dense, tokens, unit, batch_size=batch_size)
-            return ElasticModel.of(
+            ranked = ElasticModel.of(
                 *dense, grown.statistics, bench.recipe, on_layer=lambda _: advance()
             )
-        ranked = ElasticModel.rank(
-            *dense,
-            tokens,
-            bench.recipe,
-            batch_size=batch_size,
-            spool=None if bench.scratch is None else Spool(bench.scratch / "cuts"),
-            on_layer=lambda _: advance(),
-        )
-    return ranked if bench.scratch is None else StreamedElastic(ranked, batch_size)
+        else:
+            ranked = ElasticModel.rank(
+                *dense,
+                tokens,
+                bench.recipe,
+                batch_size=batch_size,
+                spool=None if bench.scratch is None else Spool(bench.scratch / "cuts"),
+                on_layer=lambda _: advance(),
+            )
+    goes_whole = bench.scratch is None and ranked.caches_plans
+    return ranked if goes_whole else LayerwiseElastic(ranked, batch_size)
 
 
 def settle_process(*, streaming: bool = False) -> None:

@@ -109,7 +109,7 @@ class MemoryModel:
     def score(self) -> Memory:
         """Return the peak while plans are scored: references of all search and selection tokens."""
         data, shapes = self.config.data, self._shapes
-        cached = min(CACHE_BYTES, self.pruned.kept * self._output_bytes)
+        cached = self.pruned.kept * self._output_bytes if self.caches_plans else 0.0
         k = round(self.pruned.kept * shapes.mlp)
         solve = 8.0 * shapes.outputs * k + 4.0 * k * k if self._corrects else 0.0
         references = 4.0 * (data.search.tokens + data.select.tokens) * shapes.outputs
@@ -173,6 +173,11 @@ class MemoryModel:
         return self._placed(Memory(weights=self.dense.weight_bytes, pruned=both))
 
     @property
+    def caches_plans(self) -> bool:
+        """Whether cuts are kept from plan to plan; else plans go through the layers together."""
+        return not self.is_streamed and self._output_bytes <= CACHE_BYTES
+
+    @property
     def is_streamed(self) -> bool:
         """Whether one layer at a time is in memory."""
         return self.config.memory == "streamed"
@@ -192,9 +197,9 @@ class MemoryModel:
 
     @property
     def _generation(self) -> float:
-        """Hidden states of plans that advance together through a streamed model."""
+        """Hidden states of plans that advance together, layer by layer."""
         data, search = self.config.data, self.config.search
-        if not self.is_streamed:
+        if self.caches_plans:
             return 0.0
         plans = max(search.population * data.search.tokens, search.finalists * data.select.tokens)
         return self._stream(plans)

@@ -109,7 +109,7 @@ class RunStages:
             *self.scoring.references(self._search_tokens),
             *self.scoring.scores(count, self._scored_tokens),
         ]
-        works += self.scoring.cuts(count, self._scored_tokens)
+        works += self.scoring.cuts(count)
         works += self._read(self._walks(count) * self._cuts + self.dense.weight_bytes)
         items = self.config.data.choices
         looked = (count if self.config.fitness.get("accuracy") else 0) + self.llm.generations + 1
@@ -143,7 +143,7 @@ class RunStages:
             return Stage("front", (), Memory())
         works = [
             *self.scoring.scores(count, self._scored_tokens),
-            *self.scoring.cuts(count, self._scored_tokens),
+            *self.scoring.cuts(count),
         ]
         works += self.scoring.scores(1, select)
         works += self._read((self._walks(count) + len(targets)) * self._cuts)
@@ -238,7 +238,7 @@ class RunStages:
     @property
     def scoring(self) -> Scoring:
         """What scoring plans computes."""
-        return Scoring(self.config, self.dense, self.pruned)
+        return Scoring(self.config, self.dense, self.pruned, self.memory.caches_plans)
 
     @property
     def memory(self) -> MemoryModel:

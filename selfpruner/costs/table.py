@@ -24,8 +24,8 @@ ASSUMPTIONS = (
     "4 N² + 8 O N bytes for an output projection (O, N), without least squares 4 N² + 4 O N; Gram "
     "matrices are those of one layer at a time. With memory: streamed they are on disk, as the "
     "weights are, and read from there each time that plans go through the layers.",
-    "Every evaluation counts in full. Cuts of a plan that fit the cache of 512 MiB are solved once "
-    "a level, others for every plan and micro-batch. Branches that plans share and the limits of "
+    "Every evaluation counts in full. Cuts of plans that fit the cache of 512 MiB are solved once "
+    "a level, others for every plan and round. Branches that plans share and the limits of "
     "the search on calls, tokens, money and time are left out.",
     "Plans cost what the budget leaves of the blocks, in parameters, operations and bytes alike; a "
     "speedup s is taken for a share 1/s of the bytes.",

@@ -16,7 +16,7 @@ from pruning import spool as spooling
 from pruning.architecture import FAMILIES
 from pruning.elastic import ElasticModel
 from pruning.elastic_layer import Recipe
-from pruning.elastic_streamed import StreamedElastic
+from pruning.elastic_layerwise import LayerwiseElastic
 from pruning.export import export, is_stock
 from pruning.families import family_of
 from pruning.loading import load, load_streamed
@@ -117,7 +117,7 @@ def test_ranking_and_scores_are_those_of_the_model_in_memory(
         ElasticModel.rank(model, *family_of(model), tokens, recipe, batch_size=3, spool=spool)
         for model, spool in zip(models, spools, strict=True)
     )
-    streamed = StreamedElastic(ranked, batch_size=3)
+    streamed = LayerwiseElastic(ranked, batch_size=3)
     grid = Grid.of(family_of(models[0])[1], 8, unit)
     for a, b in zip(one.layers, streamed.layers, strict=True):
         assert a.cut_errors(grid) == b.cut_errors(grid)
@@ -152,7 +152,7 @@ def test_a_generation_reads_each_layer_once(
 
     original = spooling._read
     monkeypatch.setattr(spooling, "_read", note)
-    list(StreamedElastic(ranked, 2).hidden_states(plans, make_tokens(6, 14)))
+    list(LayerwiseElastic(ranked, 2).hidden_states(plans, make_tokens(6, 14)))
     assert len(read) == len(set(read)) > 30
     assert [int(path[:5]) for path, _ in read] == sorted(int(path[:5]) for path, _ in read)
 

@@ -13,8 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from evaluators.choices import EncodedChoices, _MicroBatch
 from pruning.elastic import ElasticModel, Recipe
+from pruning.elastic_layer import ElasticLayer, LayerParameters
+from pruning.elastic_layerwise import LayerwiseElastic
 from pruning.families import family_of
-from pruning.plan import Plan
+from pruning.plan import LayerPlan, Plan
 from pruning.slicing import sliced
 from selfpruner.fitness import Finished, Fitness
 from selfpruner.latency_table import LatencyTable, Workload
@@ -103,6 +105,30 @@ def test_the_dense_plan_does_not_diverge(elastic: ElasticModel) -> None:
 def test_top512_covers_this_vocabulary(elastic: ElasticModel) -> None:
     full, top = (_fitness(elastic, {name: 1.0})(PLANS, range(5)) for name in ("kl", "kl_top512"))
     assert np.allclose(full, top, rtol=0, atol=1e-9)
+
+
+def test_plans_that_no_cache_holds_make_each_cut_once(
+    elastic: ElasticModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, family, layers = elastic.model, elastic.family, elastic.layers
+    small = ElasticModel(model, family, layers, cache_bytes=2**10)
+    assert elastic.caches_plans
+    assert not small.caches_plans
+    made: list[tuple[int, int]] = []
+    original = ElasticLayer.mlp_output
+
+    def note(layer: ElasticLayer, plan: LayerPlan) -> LayerParameters:
+        made.append((layers.index(layer), plan.mlp_channels))
+        return original(layer, plan)
+
+    expected = _fitness(elastic, {"kl": 1.0})(PLANS, range(5))
+    monkeypatch.setattr(ElasticLayer, "mlp_output", note)
+    found = _fitness(LayerwiseElastic(small, 2), {"kl": 1.0})(PLANS, range(5))
+    assert np.array_equal(found, expected)
+    assert len(made) == len(set(made)) == 5
+    made.clear()
+    _fitness(small, {"kl": 1.0})(PLANS, range(5))
+    assert len(made) > 5
 
 
 def test_order_of_plans_and_sequences_does_not_matter(elastic: ElasticModel) -> None:

@@ -1,4 +1,4 @@
-"""The elastic model in streaming: a generation goes through one layer together, then the next.
+"""The elastic model layer by layer: a generation goes through one layer together, then the next.
 
 Shapes: B sequences a micro-batch, S sequences, T tokens, D hidden size.
 """
@@ -23,11 +23,13 @@ class _Branch:
     hidden: list[Tensor]
 
 
-class StreamedElastic(ElasticModel):
-    """An elastic model whose cuts come from a spool: it is read once a call of `hidden_states`.
+class LayerwiseElastic(ElasticModel):
+    """An elastic model that makes each cut once a call of `hidden_states`, and then lets it go.
 
-    Give it all sequences at once, in `batch_size` of which it runs. Hidden states of all sequences
-    are held for every plan that has parted from the others, those of at most one layer twice.
+    It is for cuts that come from a spool, and for those of models so large that a plan's do not fit
+    the cache. Give it all sequences at once, in `batch_size` of which it runs. Hidden states of all
+    sequences are held for every plan that has parted from the others, those of at most one layer
+    twice.
     """
 
     def __init__(self, ranked: ElasticModel, batch_size: int) -> None:
