@@ -117,7 +117,7 @@ def _environment(python: str, threads: int) -> dict[str, str]:
     if Path(python).absolute() != Path(sys.executable).absolute():
         environment.pop("PYTHONPATH", None)  # packages of this interpreter, not of that one
     defaults = {
-        "MALLOC_MMAP_THRESHOLD_": str(2**28),
+        "MALLOC_MMAP_THRESHOLD_": str(2**25),
         "MALLOC_TRIM_THRESHOLD_": str(2**30),
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_CPU_KVCACHE_SPACE": "2",

@@ -22,6 +22,9 @@ from pruning.ranking import Order
 from pruning.spool import Spool, held
 from pruning.statistics import LayerStatistics, stream_statistics
 
+CACHE_BYTES = 512 * 2**20
+"""Bytes of cuts that are kept for later plans."""
+
 
 class Prunable(Protocol):
     """A dense model that runs as any plan and can say what its parameters would be."""
@@ -49,19 +52,11 @@ class ElasticModel:
         model: nn.Module,
         family: Family,
         layers: Sequence[ElasticLayer],
-        cache_bytes: int = 512 * 2**20,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.model, self.family, self.layers = model, family, list(layers)
         self._cache: OrderedDict[tuple[int, str, tuple[int, ...]], LayerParameters] = OrderedDict()
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
-
-    @property
-    def caches_plans(self) -> bool:
-        """Whether the cuts of a whole plan fit the cache; else each would push out the others."""
-        layers = self.family.layers(self.model)
-        roles = (self.family.o, self.family.down)
-        weights = (x.get_parameter(f"{role}.weight") for x in layers for role in roles)
-        return sum(x.numel() * x.element_size() for x in weights) <= self._cache_bytes
 
     @classmethod
     def rank(

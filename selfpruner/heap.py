@@ -16,7 +16,7 @@ import ctypes
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h of glibc
 _RETURNED = 256 * 2**10  # blocks of a streamed run from this size on lie beside the heap
-_KEPT = 256 * 2**20  # smaller ones come from the heap elsewhere
+_KEPT = (256 * 2**20, 32 * 2**20)  # smaller ones come from the heap elsewhere; first that it takes
 _FREE = 2**30  # that the heap keeps at its end
 
 
@@ -26,6 +26,7 @@ def settle_heap(*, streaming: bool) -> None:
     if mallopt is None:
         return
     mallopt(_M_ARENA_MAX, 1)
-    mallopt(_M_MMAP_THRESHOLD, _RETURNED if streaming else _KEPT)
-    if not streaming:
+    if streaming:
+        mallopt(_M_MMAP_THRESHOLD, _RETURNED)
+    elif any(mallopt(_M_MMAP_THRESHOLD, size) for size in _KEPT):
         mallopt(_M_TRIM_THRESHOLD, _FREE)

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
+from agent import allocators
 from agent.projection import Space
+from pruning import elastic
 from pruning.alignment import Alignment
 from pruning.architecture import Architecture
 from pruning.budget import Budget
@@ -181,10 +183,10 @@ def budget_of(
 
 def rank(bench: Workbench, progress: Progress) -> tuple[Prunable, list[tuple[list[float], ...]]]:
     """Return the model that runs as any plan, and the cut errors `[layer][block][level]`."""
-    elastic = _ranked(bench, progress)
-    errors = [tuple(layer.cut_errors(bench.grid)) for layer in elastic.layers]
+    ranked = _ranked(bench, progress)
+    errors = [tuple(layer.cut_errors(bench.grid)) for layer in ranked.layers]
     if bench.config.pruning.statistics == "frozen":
-        return elastic, errors
+        return ranked, errors
     sequential = SequentialModel(
         bench.model,
         bench.family,
@@ -216,8 +218,23 @@ def _ranked(bench: Workbench, progress: Progress) -> ElasticModel:
                 spool=None if bench.scratch is None else Spool(bench.scratch / "cuts"),
                 on_layer=lambda _: advance(),
             )
-    goes_whole = bench.scratch is None and ranked.caches_plans
-    return ranked if goes_whole else LayerwiseElastic(ranked, batch_size)
+    return LayerwiseElastic(ranked, batch_size) if _goes_layer_by_layer(bench) else ranked
+
+
+def _goes_layer_by_layer(bench: Workbench) -> bool:
+    """Return whether plans go through the layers together.
+
+    They do where layers are read from disk, and where cuts take solving and those of one plan are
+    more than is kept for later: each would push out the others, micro-batch by micro-batch.
+    """
+    if bench.scratch is not None:
+        return True
+    model, plan = bench.architecture, bench.grid.plan(allocators.uniform(bench.space))
+    columns = sum(
+        x.kv_groups * x.q_per_group * model.head_dim + x.mlp_channels for x in plan.layers
+    )
+    cuts = columns * model.hidden * bench.model.dtype.itemsize
+    return bench.recipe.reconstruction == "least_squares" and cuts > elastic.CACHE_BYTES
 
 
 def settle_process(*, streaming: bool = False) -> None:

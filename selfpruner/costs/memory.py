@@ -19,7 +19,7 @@ from selfpruner.costs.judging import LONGEST_ROW, reported_tokens
 from selfpruner.costs.surgery import Shapes
 from selfpruner.costs.work import BYTES, Running
 
-CACHE_BYTES = 512 * 2**20  # pruning.elastic.ElasticModel's
+CACHE_BYTES = 512 * 2**20  # pruning.elastic's
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class MemoryModel:
     def score(self) -> Memory:
         """Return the peak while plans are scored: references of all search and selection tokens."""
         data, shapes = self.config.data, self._shapes
-        cached = self.pruned.kept * self._output_bytes if self.caches_plans else 0.0
+        cached = min(CACHE_BYTES, self.pruned.kept * self._output_bytes)
         k = round(self.pruned.kept * shapes.mlp)
         solve = 8.0 * shapes.outputs * k + 4.0 * k * k if self._corrects else 0.0
         references = 4.0 * (data.search.tokens + data.select.tokens) * shapes.outputs
@@ -175,7 +175,8 @@ class MemoryModel:
     @property
     def caches_plans(self) -> bool:
         """Whether cuts are kept from plan to plan; else plans go through the layers together."""
-        return not self.is_streamed and self._output_bytes <= CACHE_BYTES
+        fit = self.pruned.kept * self._output_bytes <= CACHE_BYTES
+        return not self.is_streamed and (fit or not self._corrects)
 
     @property
     def is_streamed(self) -> bool:

@@ -112,8 +112,6 @@ def test_plans_that_no_cache_holds_make_each_cut_once(
 ) -> None:
     model, family, layers = elastic.model, elastic.family, elastic.layers
     small = ElasticModel(model, family, layers, cache_bytes=2**10)
-    assert elastic.caches_plans
-    assert not small.caches_plans
     made: list[tuple[int, int]] = []
     original = ElasticLayer.mlp_output
 

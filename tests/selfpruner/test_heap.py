@@ -31,6 +31,6 @@ def _faults(way: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other heaps are left alone")
 def test_freed_memory_is_kept_but_in_a_streamed_run() -> None:
-    pages = 20 * 2**23 // 4096
-    assert _faults("whole") < pages / 20
-    assert _faults("streaming") > pages / 2
+    returned = _faults("streaming")
+    assert returned >= 80  # blocks of 8 MiB, twenty times: even pages of 2 MiB are that many
+    assert _faults("whole") < returned / 4
