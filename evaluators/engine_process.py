@@ -118,7 +118,7 @@ def _environment(python: str, threads: int) -> dict[str, str]:
         environment.pop("PYTHONPATH", None)  # packages of this interpreter, not of that one
     defaults = {
         "MALLOC_MMAP_THRESHOLD_": str(2**25),
-        "MALLOC_TRIM_THRESHOLD_": str(2**30),
+        "MALLOC_TRIM_THRESHOLD_": str(2**27),
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",

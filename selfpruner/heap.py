@@ -16,8 +16,8 @@ import ctypes
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h of glibc
 _RETURNED = 256 * 2**10  # blocks of a streamed run from this size on lie beside the heap
-_KEPT = (256 * 2**20, 32 * 2**20)  # smaller ones come from the heap elsewhere; first that it takes
-_FREE = 2**30  # that the heap keeps at its end
+_KEPT = 32 * 2**20  # smaller ones come from the heap elsewhere; glibc allows no more everywhere
+_FREE = 128 * 2**20  # that the heap keeps at its end
 
 
 def settle_heap(*, streaming: bool) -> None:
@@ -26,7 +26,6 @@ def settle_heap(*, streaming: bool) -> None:
     if mallopt is None:
         return
     mallopt(_M_ARENA_MAX, 1)
-    if streaming:
-        mallopt(_M_MMAP_THRESHOLD, _RETURNED)
-    elif any(mallopt(_M_MMAP_THRESHOLD, size) for size in _KEPT):
+    mallopt(_M_MMAP_THRESHOLD, _RETURNED if streaming else _KEPT)
+    if not streaming:
         mallopt(_M_TRIM_THRESHOLD, _FREE)
