@@ -30,7 +30,7 @@ def _faults(way: str) -> int:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other heaps are left alone")
-def test_freed_memory_is_kept_but_in_a_streamed_run() -> None:
+def test_a_streamed_run_returns_large_blocks() -> None:
     returned = _faults("streaming")
     assert returned >= 80  # blocks of 8 MiB, twenty times: even pages of 2 MiB are that many
     assert _faults("whole") < returned / 4
