@@ -98,7 +98,8 @@ class Evolution(Genetic):
     """One parent, the best so far, and its neighbours by level switches.
 
     The (1 + lambda) search of EvoPress (arXiv 2410.14649, algorithm 1); lambda is `crossover +
-    mutate`, its selection in stages is `search.racing` (C4).
+    mutate`, its selection in stages is `search.racing.survivors` (C4). In windows the parent is
+    scored beside its offspring on the tokens of their generation, as there.
     """
 
     crosses = False
@@ -146,6 +147,11 @@ CLASSICAL: dict[str, Classical] = {
     "cma": Cma(),
     "guided": Guided(),
 }
+
+
+def operators_of(context: SearchContext) -> Classical:
+    """Return who proposes where no LLM does."""
+    return CLASSICAL[context.settings.classical]
 
 
 def _mutated(context: SearchContext, levels: Levels, times: int, rng: Generator) -> Levels:

@@ -92,16 +92,18 @@ class Probe:
 
 @dataclass(frozen=True)
 class Anchor:
-    """One line of `anchors.jsonl`: the first plan on the sequences of a generation.
+    """One line of `anchors.jsonl`: the plan that a generation is compared with, on its sequences.
 
     Attributes:
         generation: whose plans are compared with it.
+        candidate: id of that plan: 0, the first one, but for an elitist search.
         sequences: of the generation's window.
         values: fitness on each of them, lower is better.
         scored: how many were not known from an earlier window.
     """
 
     generation: int
+    candidate: int
     sequences: tuple[int, ...]
     values: tuple[float, ...]
     scored: int
@@ -159,7 +161,7 @@ class Ledger:
         return list(self._probes)
 
     def anchors(self) -> list[Anchor]:
-        """Return the first plan's scores beside each generation, in the order of scoring."""
+        """Return the scores of what each generation is compared with, in their order."""
         return list(self._anchors)
 
     def find(self, key: str) -> Candidate | None:
@@ -219,7 +221,7 @@ class Ledger:
         self._probes.append(probe)
 
     def add_anchor(self, anchor: Anchor) -> None:
-        """Append the first plan's scores beside one generation."""
+        """Append the scores of what one generation is compared with."""
         _append(self._anchor_path, asdict(anchor))
         self._anchors.append(anchor)
 

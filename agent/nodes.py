@@ -9,8 +9,9 @@ from langgraph.runtime import Runtime
 
 from agent import population, probes
 from agent.candidate import Candidate, Scores
+from agent.classical import operators_of
 from agent.ledger import Probe
-from agent.operators import Proposal, choose_parents, operators_of, propose
+from agent.operators import Proposal, choose_parents, propose
 from agent.questions import Slot
 from agent.scoring import score_pending
 from agent.state import SearchContext, SearchState

@@ -9,7 +9,7 @@ from typing import Any
 from agent import population
 from agent.bandit import draws_llm, takes_turn
 from agent.candidate import Candidate, Origin
-from agent.classical import CLASSICAL, Classical
+from agent.classical import operators_of
 from agent.conversation import Answer, ask
 from agent.projection import Levels
 from agent.questions import Slot, parents_question, plan_question
@@ -90,16 +90,15 @@ def _first(context: SearchContext, slot: Slot, seen: set[str]) -> Proposal:
     return Proposal(slot, "heuristic", context.first_plan)
 
 
-def operators_of(context: SearchContext) -> Classical:
-    """Return who proposes where no LLM does."""
-    return CLASSICAL[context.settings.classical]
-
-
 def choose_parents(context: SearchContext, generation: int, slot: int) -> list[Candidate]:
-    """Return the candidates that the next generation descends from, distinct, favourite first."""
+    """Return the candidates that the next generation descends from, distinct, favourite first.
+
+    They are as many as a prompt lists, or half of the population where no LLM is asked.
+    """
     settings = context.settings
     pool = ranked(context, settings.population, generation)
-    wanted = min(len(pool), max(2, settings.shown))
+    most = settings.shown if settings.asks_llm else settings.population // 2
+    wanted = min(len(pool), max(2, most))
     place = Slot(generation, slot, "select")
     if wanted > 1 and len(pool) > 2 and is_asked(context, place, generation - 1):
         listed = pool[: max(2 * wanted, settings.shown)]

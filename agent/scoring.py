@@ -1,8 +1,9 @@
 """Scores of the plans that wait: raced on the search sequences, summed up for the ledger.
 
-Where generations have windows of their own, the first plan is scored on every window and a plan's
-fitness is the first plan's on the first window times the mean ratio of the two, sequence by
-sequence: what makes a sequence hard or easy cancels, and generations compare.
+Where generations have windows of their own, one plan of earlier ones, the anchor, is scored on
+every window, and a plan's fitness is the anchor's times the mean ratio of the two, sequence by
+sequence: what makes a sequence hard or easy cancels, and generations compare. The anchor is the
+first plan, in an elitist search the best one so far.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from agent.candidate import Scores
+from agent.candidate import Candidate, Scores
 from agent.ledger import Anchor
 from agent.racing import NOT_FINITE, Floats, is_broken, mean, race
 from agent.state import SearchContext
@@ -27,17 +28,18 @@ def score_pending(
 ) -> list[dict[str, Any]]:
     """Return the scores of each pending plan, and its share of the seconds.
 
-    The plans race each other and the best complete candidate of earlier generations, or the first
-    plan on the window of theirs. What the ledger has is not scored again.
+    The plans race each other and the best complete candidate of earlier generations, or the anchor
+    on the window of theirs. What the ledger has is not scored again.
     """
     known = [context.ledger.find(x["key"]) for x in pending]
     plans = [Plan.from_json(x["genotype"]) for x in pending]
     seen = [np.array([]) if x is None else x.values for x in known]
     window, start = context.window(generation), context.clock()
     anchor = _anchor(context, generation, plans)
-    if anchor is not None and generation == 0:
-        seen[0] = anchor
-    rival = _rival(context, generation) if anchor is None else anchor
+    beside = None if anchor is None else np.array(anchor.values)
+    if beside is not None and generation == 0:
+        seen[0] = beside
+    rival = _rival(context, generation) if beside is None else beside
     rows = race(
         lambda chosen, columns: values(
             context, [plans[i] for i in chosen], window[columns.start : columns.stop]
@@ -48,10 +50,10 @@ def score_pending(
         rival,
     )
     seconds = (context.clock() - start) / max(known.count(None), 1)
-    if anchor is None:
+    if anchor is None or beside is None:
         scores = summaries(rows, len(window), rival)
     else:
-        scores = _relative(rows, anchor, mean(np.array(context.ledger.anchors()[0].values)))
+        scores = _relative(rows, beside, _fitness(context, anchor))
     return [
         {**(fresh if x is None else x.scores), "seconds": seconds if x is None else x.seconds}
         for x, fresh in zip(known, scores, strict=True)
@@ -105,7 +107,7 @@ def _summary(row: Floats, num_sequences: int, best: Floats) -> Scores:
 
 
 def _relative(rows: Sequence[Floats], anchor_S: Floats, level: float) -> list[Scores]:
-    """Return the scores of plans beside the first plan, whose fitness is `level`.
+    """Return the scores of plans beside the anchor, whose fitness is `level`.
 
     A plan that dropped out is never fitter than the best complete one.
     """
@@ -129,28 +131,48 @@ def _beside(row: Floats, anchor_S: Floats, level: float) -> Scores:
     }
 
 
-def _anchor(context: SearchContext, generation: int, pending: Sequence[Plan]) -> Floats | None:
-    """Return the first plan's values on the window of a generation, None without windows.
+def _anchor(context: SearchContext, generation: int, pending: Sequence[Plan]) -> Anchor | None:
+    """Return what a generation is compared with, on its window; None without windows.
 
-    What is on file, of an earlier process or of a window with the same sequences, is not scored
-    again.
+    In the first generation that is its own first plan. What is on file, of an earlier process or
+    of a window with the same sequences, is not scored again.
     """
     if context.settings.window is None or not pending:
         return None
     past = context.ledger.anchors()
-    anchor = next((x for x in past if x.generation == generation), None)
-    if anchor is None:
-        window = context.window(generation)
-        known = {s: v for x in past for s, v in zip(x.sequences, x.values, strict=True)}
-        missing = [x for x in window if x not in known]
-        plan = pending[0] if generation == 0 else context.ledger.candidates()[0].plan
-        if missing:
-            row = values(context, [plan], missing)[0]
-            known |= dict(zip(missing, row.tolist(), strict=True))
-        row_S = tuple(known[x] for x in window)
-        anchor = Anchor(generation, tuple(window), row_S, len(missing))
-        context.ledger.add_anchor(anchor)
-    return np.array(anchor.values)
+    if filed := [x for x in past if x.generation == generation]:
+        return filed[0]
+    window = context.window(generation)
+    if generation == 0:
+        number, plan, known = 0, pending[0], {}
+    else:
+        chosen = _compared_with(context, generation)
+        number, plan = chosen.id, chosen.plan
+        known = dict(zip(context.window(chosen.generation), chosen.values.tolist(), strict=False))
+    for x in past:
+        if x.candidate == number:
+            known |= zip(x.sequences, x.values, strict=True)
+    missing = [x for x in window if x not in known]
+    if missing:
+        known |= zip(missing, values(context, [plan], missing)[0].tolist(), strict=True)
+    row_S = tuple(known[x] for x in window)
+    anchor = Anchor(generation, number, tuple(window), row_S, len(missing))
+    context.ledger.add_anchor(anchor)
+    return anchor
+
+
+def _compared_with(context: SearchContext, generation: int) -> Candidate:
+    """Return the candidate of earlier generations that is the anchor of this one."""
+    if context.settings.is_elitist:
+        return context.ledger.best(1, before=generation, complete=True)[0]
+    return context.ledger.candidates()[0]
+
+
+def _fitness(context: SearchContext, anchor: Anchor) -> float:
+    """Return the anchor's fitness: in the first generation its own mean."""
+    if anchor.generation == 0:
+        return mean(np.array(anchor.values))
+    return context.ledger.candidates()[anchor.candidate].fitness
 
 
 def _stderr(row: Floats) -> float:

@@ -169,6 +169,11 @@ class SearchSettings(BaseModel):
         return self.operators
 
     @property
+    def is_elitist(self) -> bool:
+        """Whether windows compare a generation with the best plan so far, not with the first."""
+        return self.classical == "evolution"
+
+    @property
     def share_asked(self) -> float | Literal["learned"]:
         """The LLM's share of proposals: all of llm's, none of the classical allocators'."""
         if self.allocator == "hybrid":

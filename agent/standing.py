@@ -4,7 +4,8 @@ A plan that was scored on one window of a few sequences may have been lucky ther
 surrogate has learned from all plans says as much of it as its own score does, so the two are
 combined: a plan stands at its prediction plus a part of the gap that its score leaves to it, beside
 its generation's. With s the standard error of scores and t^2 what gaps vary by more than that, the
-part is t^2 / (t^2 + s^2) (empirical Bayes, Efron and Morris, 1975).
+part is t^2 / (t^2 + s^2) (empirical Bayes, Efron and Morris, 1975). An elitist search takes scores
+as they are: each of its plans met its parent on the same sequences.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def ranked(
 
     `complete` asks for those that have seen all sequences of their window only.
     """
-    if context.settings.window is None:
+    if context.settings.window is None or context.settings.is_elitist:
         return context.ledger.best(count, before, complete=complete)
     pool = context.ledger.best(len(context.ledger.candidates()), before, complete=complete)
     sound = [x for x in pool if x.fitness < NOT_FINITE]

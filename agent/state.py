@@ -16,7 +16,7 @@ from agent.budget import Spending
 from agent.disguise import Disguise
 from agent.drivers.driver import Driver
 from agent.knapsack import knapsack
-from agent.ledger import Ledger
+from agent.ledger import Ledger, Probe
 from agent.loss_curves import loss_curves
 from agent.parse import Block, Bounds
 from agent.projection import Levels, Space
@@ -76,6 +76,7 @@ class SearchContext:
         unit_scores: `[layer][block][unit]` standardised scores in rank order, for flap_global.
         starts: plans of this budget that the first generation begins with, after the seed plan.
         model_name: hub id or path of the model that is pruned, empty where nobody is to know.
+        earlier_probes: those of another search of the same ranked model, for one without its own.
     """
 
     settings: SearchSettings
@@ -96,6 +97,7 @@ class SearchContext:
     unit_scores: UnitScores = ()
     starts: Sequence[Plan] = ()
     model_name: str = ""
+    earlier_probes: Sequence[Probe] = ()
 
     @cached_property
     def space(self) -> Space:
@@ -115,6 +117,11 @@ class SearchContext:
         """
         size, count = self.per_evaluation, len(self.sequences)
         return [self.sequences[(generation * size + i) % count] for i in range(size)]
+
+    @property
+    def probes(self) -> Sequence[Probe]:
+        """What is known of single cuts: measured by this search, or handed to it."""
+        return self.ledger.probes() or self.earlier_probes
 
     @cached_property
     def disguise(self) -> Disguise:
@@ -147,7 +154,7 @@ class SearchContext:
             "uniform_mlp": lambda: allocators.uniform_mlp(space),
             "heuristic": lambda: self.conform(allocators.heuristic(space, self.sensitivity)),
             "knapsack": lambda: self.conform(
-                knapsack(space, loss_curves(self.sensitivity, self.ledger.probes()))
+                knapsack(space, loss_curves(self.sensitivity, self.probes))
             ),
             "owl": lambda: allocators.owl(space, self.outliers),
             "flap_global": lambda: self.conform(allocators.flap_global(space, self.unit_scores)),

@@ -1,10 +1,11 @@
-"""A surrogate of fitness that makes plans; it decides nothing, every plan is scored.
+"""A surrogate of fitness that makes plans; every plan is scored all the same.
 
 Pruning losses are taken as additive: a plan's is the sum over blocks of scale_b * loss_b(level),
 loss_b the curves of `loss_curves`. Additivity fails where much is cut (EvoPress, arXiv 2410.14649,
 table 1), so the scales are learned from what is scored: plans of one generation have seen the same
 sequences, and how much each departs from their mean is what a Bayesian linear regression explains.
 Levels of whole generations say more of their sequences than of their plans and are left out.
+In windows what it predicts also helps to say where a scored plan stands (`agent.standing`).
 Shapes: N plans, B blocks.
 """
 
@@ -90,7 +91,7 @@ def _fitted(context: SearchContext, generation: int) -> Surrogate:
     known = [x for x in past if x.fitness < NOT_FINITE][-_MOST:]
     one_window = context.settings.window is None
     return fit(
-        loss_curves(context.sensitivity, context.ledger.probes()),
+        loss_curves(context.sensitivity, context.probes),
         [briefing.levels(context, x) for x in known],
         [x.fitness for x in known],
         [float(x.charge) for x in known],

@@ -146,8 +146,13 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _target_is_known(self) -> Self:
-        Alignment.of(self.pruning.target)
+        if self.pruning.target is not None:
+            Alignment.of(self.pruning.target)
         return self
+
+    def alignment(self, *, on_gpu: bool) -> Alignment:
+        """Return what `pruning.target` asks of widths, or else what the device is fast at."""
+        return Alignment.of(self.pruning.target or ("tensor-cores" if on_gpu else "cpu"))
 
     @property
     def weighs_latency(self) -> bool:

@@ -153,8 +153,9 @@ class Study:
     def sooner(self, arm: str, control: str) -> float | None:
         """Return how many times fewer evaluations `arm` needs for what `control` ends with.
 
-        Both are means over their common units, the control's at the limit. None where
-        the arm does not come to as much.
+        Both are means over their common units, the control's at the limit. The arm is there from
+        where its mean stays as low: means on other tokens rise again where a plan had been lucky.
+        None where the arm does not end with as much.
         """
         ends, figures = self.values(control), self.figures(arm)
         units = [unit for unit in figures if unit in ends]
@@ -162,11 +163,13 @@ class Study:
             return None
         wanted = statistics.fmean(ends[unit] for unit in units)
         moments: set[float] = {x["evaluations"] for u in units for x in figures[u]["steps"]}
-        for moment in sorted(x for x in moments if x <= self.limit):
+        first = None
+        for moment in sorted((x for x in moments if x <= self.limit), reverse=True):
             found = (read_off(figures[unit], "evaluations", moment) for unit in units)
-            if statistics.fmean(x["selection_fitness"] for x in found) <= wanted:
-                return self.limit / max(moment, 1.0)
-        return None
+            if statistics.fmean(x["selection_fitness"] for x in found) > wanted:
+                break
+            first = moment
+        return None if first is None else self.limit / max(first, 1.0)
 
     def verdict(self) -> Verdict:
         """Return whether the LLM helps.

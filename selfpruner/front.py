@@ -9,6 +9,7 @@ from typing import Any
 
 from agent.candidate import Candidate
 from agent.graph import SearchResult
+from agent.ledger import Ledger
 from pruning.plan import Plan
 from selfpruner.arena import Arena
 from selfpruner.config import RunConfig
@@ -102,10 +103,10 @@ def front(
 ) -> Front:
     """Return the dense model and the best plan of the run's budget and of each of `front.targets`.
 
-    Budgets are searched from the run's own outwards. Each has the ranking, the corrections and
-    the dense references of the run, `front.effort` of its evaluations, and begins with the plan
-    of the nearest budget that is done, projected onto its own. `own` is the plan that the run's
-    search came to, with its fitness on fresh tokens.
+    Budgets are searched from the run's own outwards. Each has the ranking, the corrections, the
+    dense references and the probes of the run, `front.effort` of its evaluations, and begins with
+    the plan of the nearest budget that is done, projected onto its own. `own` is the plan that the
+    run's search came to, with its fitness on fresh tokens.
 
     Raises:
         ValueError: a budget cannot be met, or the run's own is a total.
@@ -127,21 +128,24 @@ def front(
 def _searched(
     arena: Arena, target: float, nearest: Plan, folder: RunFolder, progress: Progress
 ) -> Stop:
+    probes = Ledger(folder.path).probes()
     budget = arena.bench.budget.at(target)
     there = arena.within(budget, _config(arena.bench.config, target))
     shares = arena.bench.space.shares(arena.bench.grid.levels(nearest))
     start = there.bench.grid.plan(there.bench.space.project(shares))
     own = RunFolder.begun(folder / f"front/{target:g}", there.bench.config)
     progress.note(f"front: {budget.kind} {target:g}")
-    found = search(there, there.bench.config, own, progress, starts=(start,))
+    found = search(there, there.bench.config, own, progress, (start,), probes)
     best = best_on_fresh_tokens(found, there.selection)
     return Stop(there, *best, _point(there, found, *best))
 
 
 def _config(config: RunConfig, target: float) -> RunConfig:
-    """Return the configuration of one more budget: fewer evaluations, and no LLM."""
-    few = max(1, round(config.front.effort * config.search.evaluations))
-    settings = {"evaluations": few, "allocator": config.search.classical}
+    """Return the configuration of one more budget: fewer evaluations, no LLM and no new probes."""
+    search = config.search
+    few = max(1, round(config.front.effort * search.evaluations))
+    by = search.classical if search.asks_llm else search.allocator
+    settings = {"evaluations": few, "allocator": by, "probes": 0}
     return config.model_copy(
         update={
             "budget": config.budget.model_copy(update={config.budget.kind: target}),

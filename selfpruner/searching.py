@@ -11,7 +11,7 @@ from langgraph.runtime import RunControl
 
 from agent.estimate import estimate
 from agent.graph import Event, SearchDrainedError, SearchResult, run_search
-from agent.ledger import Ledger
+from agent.ledger import Ledger, Probe
 from agent.state import SearchContext
 from prompts.library import load_strategy
 from pruning.elastic import ElasticModel
@@ -31,7 +31,12 @@ def check_words_and_drivers(config: RunConfig) -> None:
         ValueError: one line.
     """
     if config.search.asks_llm:
-        load_strategy(config.search.strategy)
+        shows = load_strategy(config.search.strategy).shows
+        if config.search.placebo == "name" and "model" not in shows:
+            raise ValueError(
+                f"search.placebo: got 'name'; search.strategy {config.search.strategy} tells no "
+                "name that could be hidden, allowed are strategies that show the model"
+            )
         check_drivers(config.driver.chain)
 
 
@@ -41,17 +46,19 @@ def search(
     folder: RunFolder,
     progress: Progress,
     starts: Sequence[Plan] = (),
+    probes: Sequence[Probe] = (),
 ) -> SearchResult:
     """Return the outcome of the search of `config`, begun or gone on with in `folder`.
 
-    `starts` are plans that its first generation scores beside the seed plan.
+    `starts` are plans that its first generation scores beside the seed plan; `probes` are those of
+    another search of this arena, for one that makes none.
 
     Raises:
         KeyboardInterrupt: a signal asked for a stop; TerminatedError for SIGTERM.
         DriverError: all drivers gave up.
     """
     with ExitStack() as stack:
-        context = _context(arena, config, folder, progress, starts)
+        context = _context(arena, config, folder, progress, starts, probes)
         if context.driver is not None:
             stack.enter_context(closing(context.driver))
         _announce(context, progress)
@@ -72,6 +79,7 @@ def _context(
     folder: RunFolder,
     progress: Progress,
     starts: Sequence[Plan],
+    probes: Sequence[Probe],
 ) -> SearchContext:
     bench, asks = arena.bench, config.search.asks_llm
     facts = arena.prunable.facts if isinstance(arena.prunable, ElasticModel) else None
@@ -94,6 +102,7 @@ def _context(
         unit_scores=() if facts is None else tuple(zip(facts.attention, facts.mlp, strict=True)),
         starts=starts,
         model_name=config.model,
+        earlier_probes=probes,
     )
 
 

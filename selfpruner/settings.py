@@ -21,7 +21,7 @@ from selfpruner.sources import REPORT_ONLY, check_source
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Count = Annotated[int, Field(ge=1)]
-Metric = Literal["magnitude", "obs", "random", "wanda_sp", "wifv"]
+Metric = Literal["magnitude", "obs", "random", "wanda_sp", "wifv", "wifv_squared"]
 Pick = Literal["budget", "knee", "fastest", "most-accurate"]
 Source = Annotated[str, Field(min_length=1)]
 Task = Literal[
@@ -134,7 +134,8 @@ class PruningSettings(Settings):
     `data.calibrate.tokens`, until that error falls by less than 1 %; the refit takes them all.
     `target` is what will run the pruned model: `cpu`, `tensor-cores`, `gguf` or `vllm-tpN` (N GPUs
     that share every layer). It says which numbers of heads are kept, and in steps of how many
-    channels (32, 128, 256 and 128 N) where `step` is null.
+    channels (32, 128, 256 and 128 N) where `step` is null; a null target is `tensor-cores` for a
+    run on a GPU and `cpu` for one without.
     `refit_target` is what the refit of a block imitates: the dense residual stream, or the output
     of the dense block.
     """
@@ -147,7 +148,7 @@ class PruningSettings(Settings):
     ridge: float | Literal["auto"] = 0.1
     refit: bool = True
     refit_target: Literal["stream", "block"] = "stream"
-    target: str = "cpu"
+    target: str | None = None
     step: Count | None = None
     attention_unit: Literal["kv_group", "query_head"] = "kv_group"
     prune_attention: bool = True

@@ -14,7 +14,6 @@ from torch import Tensor
 from agent import allocators
 from agent.projection import Space
 from pruning import elastic
-from pruning.alignment import Alignment
 from pruning.architecture import Architecture
 from pruning.budget import Budget
 from pruning.calibration import grown_calibration
@@ -147,7 +146,7 @@ def grid_of(config: RunConfig, architecture: Architecture) -> Grid:
         ValueError: the model or `pruning.step` does not suit it; one line.
     """
     settings = config.pruning
-    return Alignment.of(settings.target).grid(
+    return config.alignment(on_gpu=resolved_device(config) == "cuda").grid(
         architecture, settings.step, settings.attention_unit, settings.prune_attention
     )
 

@@ -12,11 +12,16 @@ from pruning.metrics.magnitude import magnitude
 from pruning.metrics.obs import obs
 from pruning.metrics.random import random
 from pruning.metrics.wanda_sp import wanda_sp
-from pruning.metrics.wifv import wifv
+from pruning.metrics.wifv import wifv, wifv_squared
 from pruning.statistics import BlockStatistics
 from pruning.units import Units
 
-CHANNEL_METRICS = {"magnitude": magnitude, "wanda_sp": wanda_sp, "wifv": wifv}
+CHANNEL_METRICS = {
+    "magnitude": magnitude,
+    "wanda_sp": wanda_sp,
+    "wifv": wifv,
+    "wifv_squared": wifv_squared,
+}
 REMOVAL_METRICS = {"obs": obs}
 NAMES = (*CHANNEL_METRICS, *REMOVAL_METRICS, "random")
 

@@ -10,7 +10,13 @@ def wifv(weight_ON: Tensor, statistics: BlockStatistics) -> Tensor:
 
     FLAP (An et al., arXiv 2312.11983, eq. 5) with the sample variance over tokens. The public
     code deviates: its running mean aliases the old one, so that squares are taken around the
-    new mean only and the first sample is skipped; and it squares attention scores before use.
+    new mean only and the first sample is skipped; and it squares attention scores before use
+    (`wifv_squared`).
     """
     columns = weight_ON.double().square().sum(0)
     return statistics.variance.to(weight_ON.device) * columns
+
+
+def wifv_squared(weight_ON: Tensor, statistics: BlockStatistics) -> Tensor:
+    """Return the square of `wifv` (N,): what FLAP's code sums over a head, the paper silent."""
+    return wifv(weight_ON, statistics).square()

@@ -6,7 +6,6 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pruning.alignment import Alignment
 from pruning.architecture import Architecture
 from pruning.budget import Budget
 from pruning.plan import Grid
@@ -131,7 +130,7 @@ def estimate_costs(config: RunConfig, hardware: Hardware) -> CostEstimate:
     """
     architecture = architecture_by_name(config.model)
     settings = config.pruning
-    grid = Alignment.of(settings.target).grid(
+    grid = config.alignment(on_gpu=hardware.gpu).grid(
         architecture, settings.step, settings.attention_unit, settings.prune_attention
     )
     budget = _budget(config, architecture, grid)

@@ -55,6 +55,7 @@ class Hardware(Settings):
     """
 
     description: Annotated[str, Field(min_length=1)]
+    gpu: bool = True
     devices: Annotated[int, Field(ge=1)] = 1
     memory_gib: Positive
     reserved_gib: Annotated[float, Field(ge=0)]

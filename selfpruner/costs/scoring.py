@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pruning.alignment import Alignment
 from selfpruner.config import RunConfig
 from selfpruner.costs import surgery
 from selfpruner.costs.surgery import Shapes
@@ -22,12 +21,14 @@ class Scoring:
         config: of the run.
         dense, pruned: both models in the precision of the run.
         caches_plans: whether cuts are kept from plan to plan.
+        step: MLP channels between two allowed widths.
     """
 
     config: RunConfig
     dense: Running
     pruned: Running
     caches_plans: bool
+    step: int
 
     @property
     def terms(self) -> list[str]:
@@ -63,8 +64,7 @@ class Scoring:
         if settings.reconstruction != "least_squares" or settings.statistics == "sequential":
             return []
         if self.caches_plans:
-            step = settings.step or Alignment.of(settings.target).step
-            made = min(count, math.ceil(self.dense.architecture.mlp / step))
+            made = min(count, math.ceil(self.dense.architecture.mlp / self.step))
         else:
             racing = self.config.search.racing
             made = count * (1 if racing.is_off else len(racing.rounds))

@@ -238,7 +238,9 @@ class RunStages:
     @property
     def scoring(self) -> Scoring:
         """What scoring plans computes."""
-        return Scoring(self.config, self.dense, self.pruned, self.memory.caches_plans)
+        aligned = self.config.alignment(on_gpu=self.hardware.gpu)
+        step = self.config.pruning.step or aligned.step
+        return Scoring(self.config, self.dense, self.pruned, self.memory.caches_plans, step)
 
     @property
     def memory(self) -> MemoryModel:

@@ -20,6 +20,7 @@ from agent.candidate import Candidate, Scores
 from agent.cma import sampled_shares
 from agent.drivers.driver import Completion, MayRetry, Request
 from agent.graph import SearchResult, build_graph, picture, run_search
+from agent.knapsack import knapsack
 from agent.ledger import Ledger
 from agent.racing import NOT_FINITE
 from agent.state import SearchContext
@@ -109,6 +110,27 @@ def test_evolution_beats_random_at_equal_evaluations(scene: Scene, tmp_path: Pat
     assert np.mean(best["evolution"]) < 0.95 * np.mean(best["random"])
     wins = sum(e < r for e, r in zip(best["evolution"], best["random"], strict=True))
     assert wins >= 4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_evolution_finds_the_optimum(scene: Scene, tmp_path: Path, seed: int) -> None:
+    """The fitness is a sum over blocks, whose best plan the knapsack finds exactly."""
+    context = scene(seed=seed, evaluations=2500, mutate=16, seed_plan=False)
+    best = context.grid.plan(knapsack(context.space, context.sensitivity))
+    lowest = float(context.score([best], context.sequences).mean())
+    assert run(context, tmp_path).best.fitness == pytest.approx(lowest, rel=1e-6)
+
+
+def test_parents_of_a_genetic_search_are_half_of_its_population(
+    scene: Scene, tmp_path: Path
+) -> None:
+    """How many plans a prompt would list has no part in a search without prompts."""
+    context = scene(allocator="genetic", population=10, shown=2, crossover=8, mutate=8)
+    run(context, tmp_path)
+    later = [x for x in context.ledger.candidates() if x.generation > 0]
+    for generation in {x.generation for x in later}:
+        found = {p for x in later if x.generation == generation for p in x.parents}
+        assert 2 < len(found) <= 5
 
 
 def test_evolution_has_one_parent_and_genetic_several(scene: Scene, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from agent.state import SearchContext
 from pruning.plan import Plan
 
 Scene = Callable[..., SearchContext]
+STAGES = RacingSettings(rounds=(0.3, 0.6, 1.0), bound=None, survivors=(4, 2))
 MOVE = '{"moves":[{"block":"mlp","take_from":0,"give_to":1,"units":3}]}'
 
 
@@ -207,6 +208,36 @@ def test_a_race_within_a_window_is_run_against_the_first_plan(
     complete = [x.fitness for x in context.ledger.candidates() if x.is_complete]
     assert min(x.fitness for x in short) >= min(complete)
     assert all(len(x.values) == 10 for x in context.ledger.anchors())
+
+
+@pytest.mark.parametrize("racing", [RacingSettings(bound=None), STAGES])
+def test_evolution_meets_its_parent_on_the_sequences_of_each_generation(
+    windowed: Scene, tmp_path: Path, racing: RacingSettings
+) -> None:
+    """The parent is replaced exactly where an offspring is better on what both have seen."""
+    context = windowed(
+        allocator="evolution", crossover=0, mutate=6, racing=racing, noise=0.1, evaluations=60
+    )
+    run(context, tmp_path)
+    candidates, anchors = context.ledger.candidates(), context.ledger.anchors()
+    assert len(anchors) > 5
+    replaced = 0
+    for anchor in anchors[1:]:
+        parent = candidates[anchor.candidate]
+        assert parent == ranked(context, 1, anchor.generation)[0]
+        assert [(parent.key, s) in calls(context) for s in anchor.sequences] == [True] * 3
+        offspring = [x for x in candidates if x.generation == anchor.generation]
+        assert {x.parents for x in offspring} == {(parent.id,)}
+        whole = [x for x in offspring if x.is_complete]
+        ratios = [float(np.mean(x.values / np.array(anchor.values))) for x in whole]
+        for child, ratio in zip(whole, ratios, strict=True):
+            assert child.fitness == pytest.approx(parent.fitness * ratio, rel=1e-6)
+        after = ranked(context, 1, anchor.generation + 1)[0]
+        best = int(np.argmin(ratios))
+        assert after.id == (whole[best].id if ratios[best] < 1 else parent.id)
+        replaced += after.id != parent.id
+    assert replaced > 2
+    assert len(calls(context)) == len(set(calls(context)))
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,13 @@ def _inputs(model: Any, tokens: torch.Tensor) -> list[list[tuple[torch.Tensor, t
     return result
 
 
+def test_flap_ranks_attention_as_its_threshold_scores_it(rank: Any, make_model: Any) -> None:
+    """Groups leave in the order of their standardised scores, whose squares it sums."""
+    facts = rank(make_model("llama"), "bias", "kv_group", "wifv_squared").facts
+    for scores in facts.attention:
+        assert list(scores) == sorted(scores, reverse=True)
+
+
 @pytest.mark.parametrize(("unit", "attention"), [("kv_group", 4), ("query_head", 2)])
 @pytest.mark.parametrize("metric", ["wifv", "obs"])
 def test_facts_are_plain_numbers_one_a_unit(

@@ -33,6 +33,13 @@ def test_only_a_search_that_asks_needs_its_driver() -> None:
     check_words_and_drivers(load_config(DEMO, settings=(*gone, "search.allocator=evolution")))
 
 
+def test_a_name_is_hidden_only_where_it_is_told() -> None:
+    hidden = ("search.placebo=name",)
+    with pytest.raises(ValueError, match=r"search\.placebo: got 'name'; search\.strategy moves "):
+        check_words_and_drivers(load_config(DEMO, settings=hidden))
+    check_words_and_drivers(load_config(DEMO, settings=(*hidden, "search.strategy=knowledge")))
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

@@ -69,6 +69,14 @@ def test_sooner_is_read_off_the_mean_course() -> None:
     assert study.sooner("wordy", "wordy") == pytest.approx(10 / 9)
 
 
+def test_a_lucky_moment_is_not_sooner() -> None:
+    """Of a mean that rises again only the last descent counts."""
+    row = _row("lucky", 0, 0, [(2, 0, 0.5), (5, 0, 0.9), (8, 0, 0.4)])
+    assert _study([row, *_flat("genetic", [0.6])], ROLES | {"lucky": "classical"}).sooner(
+        "lucky", "genetic"
+    ) == pytest.approx(10 / 8)
+
+
 def test_every_run_is_read_off_at_the_same_point() -> None:
     study = _study(COURSES, ROLES)
     assert study.limit == 10
