@@ -105,7 +105,7 @@ def prepare(config: RunConfig, progress: Progress, folder: RunFolder | None = No
         architecture = architecture_of(config.model, trust_remote_code=config.trust_remote_code)
         grid = grid_of(config, architecture)
         if config.budget.kind != "speedup":
-            budget_of(config, architecture, grid)
+            _check_front(config, budget_of(config, architecture, grid))
         model, tokenizer = (load if scratch is None else load_streamed)(
             config.model,
             resolved_dtype(config),
@@ -120,9 +120,23 @@ def prepare(config: RunConfig, progress: Progress, folder: RunFolder | None = No
         table = stored_table(folder) or known_table(model, grid, config.workload, detail, progress)
         grid = table.worthwhile(grid)
     budget = budget_of(config, architecture, grid, table)
+    _check_front(config, budget)
     return Workbench(
         config, model, tokenizer, family, architecture, grid, budget, texts, table, scratch
     )
+
+
+def _check_front(config: RunConfig, budget: Budget) -> None:
+    """Refuse budgets of the front that no plan is within.
+
+    Raises:
+        ValueError: one line.
+    """
+    for target in config.front.targets:
+        try:
+            budget.at(target)
+        except ValueError as error:
+            raise ValueError(f"front.targets: got {target:g}: {error}") from None
 
 
 def _scratch(config: RunConfig, folder: RunFolder | None) -> Path | None:

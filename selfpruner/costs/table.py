@@ -70,22 +70,23 @@ def notes(found: CostEstimate) -> list[str]:
     if not large:
         return []
     peak = max(large, key=lambda stage: stage.memory.total)
-    enough = peak.devices_needed <= machine.devices
-    verdict = f", the {machine.devices} asked for are {'enough' if enough else 'too few'}"
     return [
         f"Does not fit one device: {', '.join(x.name for x in large)}. {peak.name} holds "
         f"{size(peak.memory.total)} ({_parts(peak)}), one {machine.description} "
         f"{size(machine.usable_bytes)}.",
-        f"{peak.devices_needed} such devices would hold it if the model were split over them (not "
-        f"built){verdict if machine.devices > 1 else ''}; or one with "
+        f"{peak.devices_needed} such devices would hold it if the model were split over them, "
+        f"which is not built; or one with "
         f"{math.ceil(peak.memory.total / 2**30 + machine.reserved_gib)} GiB.",
         *_advice(found),
     ]
 
 
 def _advice(found: CostEstimate) -> list[str]:
-    """Return what streaming would come to, where it is not what was asked about."""
-    streamed = max(stage.streamed.total for stage in found.stages)
+    """Return what streaming would come to, where it is not what was asked about.
+
+    Tasks of a streamed run take nine tenths of any device and are no measure of what it needs.
+    """
+    streamed = max(stage.streamed.total for stage in found.stages if stage.name != "tasks")
     if streamed >= found.peak.memory.total:
         return []
     return [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pruning.alignment import Alignment
@@ -80,6 +80,13 @@ def test_what_cannot_be_is_one_line(
 
 
 @settings(max_examples=80, deadline=None)
+def test_query_heads_go_only_where_several_share_a_kv_head() -> None:
+    for target in ("cpu", "tensor-cores"):
+        with pytest.raises(ValueError, match="attention_unit: got query_head, allowed for this"):
+            Alignment.of(target).grid(LLAMA_2, None, "query_head")
+        assert Alignment.of(target).grid(LLAMA_2, None, "query_head", prune_attention=False)
+
+
 @given(
     st.sampled_from([1, 2, 3, 4, 8]),
     st.sampled_from([1, 2, 4, 8, 16]),
@@ -88,6 +95,7 @@ def test_what_cannot_be_is_one_line(
 )
 def test_every_level_can_be_served(shards: int, kv_heads: int, group: int, unit: str) -> None:
     """The rule as vLLM states it, for every layer that the grid allows."""
+    assume(group > 1 or unit == "kv_group")
     heads = kv_heads * group
     architecture = Architecture("llama", 2, 256, heads, kv_heads, 32, 768, 100, True)
     try:

@@ -130,7 +130,7 @@ def test_plan_draws_a_table_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "120")
-    result = run("plan", str(CONFIGS / "llama2_13b.yaml"))
+    result = run("plan", str(CONFIGS / "llama2_13b.yaml"), "--set", "memory=whole")
     assert result.exit_code == 0
     assert "┡━" in result.stdout
     assert "\x1b[31mrefit" in result.stdout
