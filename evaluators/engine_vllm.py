@@ -17,9 +17,12 @@ class VllmEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
 
+        from pruning.registration import register
+
         if load["gguf_file"]:
             raise SkipError("vLLM loads a folder or hub id, not a GGUF file")
         self._eager = bool(load["device"] == "cpu")
+        register()  # what this project's plug-in does, which need not be installed there
         context = _context(load["model"], load["trust_remote_code"])
         self._length = min(load["most_tokens"], context)
         self._llm = LLM(
@@ -33,7 +36,7 @@ class VllmEngine:
             # One step for a whole batch of prompts, up to a bound that keeps activations small.
             max_num_batched_tokens=max(self._length, min(load["most_batch"] * self._length, 16384)),
             enable_prefix_caching=False,
-            gpu_memory_utilization=0.4,  # two models side by side
+            gpu_memory_utilization=0.8 / load["models"],  # side by side
             skip_tokenizer_init=True,
             seed=0,
         )
@@ -57,6 +60,9 @@ class VllmEngine:
     def measure(self, batch: int, tokens: int, new_tokens: int, seed: int) -> Seconds:
         """Return `{prefill, decode}` in seconds, read off the engine's own steps.
 
+        Where prompts take several steps, the first sequences decode meanwhile; a decode step is
+        the time of `batch` tokens that came after the last prompt.
+
         Raises:
             SkipError: vLLM's KV cache has no room for the batch.
         """
@@ -71,6 +77,8 @@ class VllmEngine:
             temperature=0.0, max_tokens=new_tokens + 1, ignore_eos=True, detokenize=False
         )
         first: dict[str, float] = {}
+        given: dict[str, int] = {}
+        given_before = 0
         started = time.perf_counter()
         for prompt in prompts:
             self._asked += 1
@@ -78,10 +86,15 @@ class VllmEngine:
         while engine.has_unfinished_requests():
             outputs = engine.step()
             now = time.perf_counter()
+            begun = len(first)
             for output in outputs:
                 first.setdefault(output.request_id, now)
+                given[output.request_id] = len(output.outputs[0].token_ids)
+            if begun < len(first) == batch:
+                given_before = sum(given.values())
         filled = max(first.values())
-        return {"prefill": filled - started, "decode": (now - filled) / new_tokens}
+        later = sum(given.values()) - given_before
+        return {"prefill": filled - started, "decode": (now - filled) * batch / later}
 
     def device_bytes(self) -> int | None:
         """Return None: vLLM takes the share that it is given, whatever the model needs."""

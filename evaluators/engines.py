@@ -9,11 +9,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import try_to_load_from_cache
 
 from evaluators.engine_process import EngineError, EngineProcess
 
@@ -156,14 +157,21 @@ def compare_engine(
 
 
 def file_bytes(source: Source) -> int | None:
-    """Return the bytes of the weight files of a source; None for a hub id."""
+    """Return the bytes of the weight files of a source, a hub id's where they were downloaded.
+
+    None where there are none here, and for a packed file that the engine unpacks: what it runs has
+    other bytes.
+    """
     path = Path(source.model)
     if source.gguf_file is not None:
-        return (path / source.gguf_file).stat().st_size
+        return None
     if path.is_file():
         return path.stat().st_size
     if not path.is_dir():
-        return None
+        config = try_to_load_from_cache(source.model, "config.json")
+        if not isinstance(config, str):
+            return None
+        path = Path(config).parent
     files = [*path.glob("*.safetensors")] or [*path.glob("*.bin")]
     return sum(x.stat().st_size for x in files)
 
@@ -193,6 +201,7 @@ class _Comparison:
                     "device": self._settings.device,
                     "threads": self._settings.threads,
                     "trust_remote_code": self._settings.trust_remote_code,
+                    "models": len(self._models),
                     "most_batch": max(x.batch for x in cases),
                     "most_tokens": max(x.tokens + x.new_tokens for x in cases),
                 }
@@ -204,12 +213,19 @@ class _Comparison:
         return None
 
     def measure(self, case: Case) -> None:
-        """Add the rows of one case, or the reason why it is left out."""
-        asked = case.tokens + case.new_tokens
+        """Add the rows of one case, or the reason why it is left out.
+
+        A prompt that fills the model's context is timed as much shorter as the new tokens need.
+        """
         context = min(x["context"] for x in self._facts.values())
-        if asked > context:
+        if case.tokens > context or case.new_tokens >= context:
+            asked = case.tokens + case.new_tokens
             self._skip(case, f"{asked} positions, the model has {context}")
             return
+        if case.tokens + case.new_tokens > context:
+            shorter = replace(case, tokens=context - case.new_tokens)
+            self._skip(case, f"timed with {shorter.tokens}, the model has {context} positions")
+            case = shorter
         sizes = {"batch": case.batch, "tokens": case.tokens, "seed": 0}
         turns = self._take_turns(case, {"do": "measure", **sizes, "new_tokens": case.new_tokens})
         if turns is None:

@@ -160,36 +160,41 @@ for _measure in (measuring.evaluate, measuring.speed, measuring.profile):
 
 @main.command()
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL", help="Folder of a finished run, or a model, such as the dense one."
+        ),
+    ],
     *,
     to: Annotated[
         Literal["hf", "gguf"],
         typer.Option(help="A Hugging Face folder, or one file for llama.cpp."),
     ],
     dtype: Annotated[
-        Literal["f32", "f16", "q8_0"] | None,
+        Literal["bf16", "f32", "f16", "q8_0"] | None,
         typer.Option(
             help="Of the matrices; by default f16 in a GGUF file, and what it is in a folder."
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Where to; RUN/model.gguf by default for gguf, needed for hf."),
+        typer.Option(help="Where to; RUN/model.gguf by default for the GGUF file of a run."),
     ] = None,
 ) -> None:
-    """Write the pruned model of a run for another engine."""
+    """Write the pruned model of a run, or any other model, for another engine."""
     with plain_errors():
-        from selfpruner.run_folder import RunFolder
-
-        folder = RunFolder.open(run)
+        if to == "gguf" and dtype == "bf16":
+            raise ValueError("--dtype: got bf16; allowed with --to gguf: f32, f16, q8_0")
         from selfpruner.exporting import export_gguf, export_hf
         from selfpruner.progress import Progress
 
         with Progress() as progress:
             if to == "gguf":
-                typer.echo(export_gguf(folder, out, dtype or "f16", progress))
+                kind = "f16" if dtype is None or dtype == "bf16" else dtype
+                typer.echo(export_gguf(source, out, kind, progress))
             else:
-                typer.echo(export_hf(folder, out, dtype, progress))
+                typer.echo(export_hf(source, out, dtype, progress))
 
 
 @main.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,11 +138,13 @@ def measure_speed(asked: Asked, progress: Progress) -> SpeedReport:
         names = {"baseline": str(asked.baseline), **names}
     files = {"baseline": asked.baseline_gguf, "model": asked.gguf}
     folders = {role: Source(*locate(name)) for role, name in names.items()}
-    packed = {role: _packed(folders[role], files[role], _GGUF_OPTIONS[role]) for role in names}
-    engines = _engines(asked, packed)
+    packed = _packed(folders, files)
+    small = replace(settings, seconds=SMALL.seconds)
     reports = [
-        _engine(name, packed if name == "llama.cpp" else folders, cases, settings, asked, progress)
-        for name in engines
+        _engine(name, packed, _cases(asked, SMALL), small, asked, progress)
+        if name == "llama.cpp"  # its CPU build, on any machine
+        else _engine(name, folders, cases, settings, asked, progress)
+        for name in _engines(asked)
     ]
     if all(x.absent is not None for x in reports):
         raise ValueError("\n".join(f"speed: {x.engine}: {x.absent}" for x in reports))
@@ -161,28 +163,37 @@ def _cases(asked: Asked, sizes: Sizes) -> list[Case]:
     return [Case(batch, length, new_tokens) for batch in batches for length in lengths]
 
 
-def _packed(folder: Source, file: Path | None, option: str) -> Source | None:
-    """Return the GGUF file of a model: the given one, or the one that the model itself is."""
-    if file is not None:
-        if not file.is_file():
-            raise ValueError(f"{option}: no such file: {file}")
-        return Source(str(file))
-    if folder.gguf_file is None:
-        return None
-    return Source(str(Path(folder.model) / folder.gguf_file))
+def _packed(
+    folders: Mapping[str, Source], files: Mapping[str, Path | None]
+) -> dict[str, Source | None]:
+    """Return the GGUF file of each model: the given ones, else those that the models are.
+
+    A given file is not set beside one that nobody has named: their types may differ.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    given = any(files[role] is not None for role in folders)
+    found: dict[str, Source | None] = {}
+    for role, folder in folders.items():
+        file = files[role]
+        if file is not None and not file.is_file():
+            raise ValueError(f"{_GGUF_OPTIONS[role]}: no such file: {file}")
+        if file is None and folder.gguf_file is not None and not given:
+            file = Path(folder.model) / folder.gguf_file
+        found[role] = None if file is None else Source(str(file))
+    return found
 
 
-def _engines(asked: Asked, packed: Mapping[str, Source | None]) -> tuple[str, ...]:
-    """Return the asked engines, else those for which there is something to run."""
-    if asked.engines is not None:
-        unknown = [name for name in asked.engines if name not in NAMES]
-        if unknown or not asked.engines:
-            got = ", ".join(unknown) or "none"
-            raise ValueError(f"--engines: got {got}; allowed: {', '.join(NAMES)}")
-        return tuple(name for name in NAMES if name in asked.engines)
-    has_vllm = asked.vllm_python is not None or importlib.util.find_spec("vllm") is not None
-    there = {"transformers": True, "vllm": has_vllm, "llama.cpp": None not in packed.values()}
-    return tuple(name for name in NAMES if there[name])
+def _engines(asked: Asked) -> tuple[str, ...]:
+    """Return the asked engines; all by default, what is not there is then said to be absent."""
+    if asked.engines is None:
+        return NAMES
+    unknown = [name for name in asked.engines if name not in NAMES]
+    if unknown or not asked.engines:
+        got = ", ".join(unknown) or "none"
+        raise ValueError(f"--engines: got {got}; allowed: {', '.join(NAMES)}")
+    return tuple(name for name in NAMES if name in asked.engines)
 
 
 def _engine(
@@ -197,6 +208,8 @@ def _engine(
     if missing := [role for role in sources if role not in models]:
         reason = f"needs a GGUF file: {' and '.join(_GGUF_OPTIONS[x] for x in missing)}"
         return EngineReport(name, {}, absent=reason)
+    if name == "vllm" and asked.vllm_python is None and importlib.util.find_spec("vllm") is None:
+        return EngineReport(name, {}, absent="needs --vllm-python, an interpreter that has vLLM")
     with progress.stage(f"speed in {name}", total=len(cases)) as advance:
         return compare_engine(
             name,

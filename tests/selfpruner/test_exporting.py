@@ -98,17 +98,33 @@ def test_hf_in_another_type(run: RunFolder, tmp_path: Path) -> None:
     assert "AutoModel" in json.loads((out / "config.json").read_text())["auto_map"]
 
 
+def test_a_model_that_is_no_run_is_exported_too(run: RunFolder, tmp_path: Path) -> None:
+    """The dense model, to be set beside the pruned one in the same type."""
+    out = tmp_path / "dense.gguf"
+    assert "--out: got None" in refusal(run.model, "--to", "gguf")
+    assert selfpruner(run.model, "--to", "gguf", "--dtype", "f32", "--out", out).exit_code == 0
+    assert selfpruner(run, "--to", "gguf", "--dtype", "f32").exit_code == 0
+    assert out.read_bytes() == run.gguf.read_bytes()
+    folder = tmp_path / "half"
+    assert selfpruner(run.model, "--to", "hf", "--dtype", "bf16", "--out", folder).exit_code == 0
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
+
+
 def test_refusals_are_one_line(run: RunFolder, tmp_path: Path) -> None:
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "x").touch()
     gguf, hf = (run, "--to", "gguf"), (run, "--to", "hf")
     nowhere = tmp_path / "nowhere"
-    assert refusal(nowhere, "--to", "gguf").startswith(f"{nowhere}: not a run folder")
+    assert refusal(nowhere, "--to", "gguf") == (
+        f"export: {nowhere} is no folder; write one first: --to hf --out FOLDER"
+    )
+    assert refusal(nowhere, "--to", "hf", "--out", tmp_path / "y").startswith("model: unknown")
+    assert refusal(*gguf, "--dtype", "bf16").startswith("--dtype: got bf16; allowed with --to gguf")
     assert refusal(*hf) == f"--out: not given; {run.model} is a Hugging Face folder already"
     assert refusal(*hf, "--out", taken) == f"--out: {taken} exists; choose another"
     assert refusal(*hf, "--dtype", "q8_0", "--out", tmp_path / "y") == (
-        "--dtype: got q8_0; allowed with --to hf: f32, f16"
+        "--dtype: got q8_0; allowed with --to hf: bf16, f32, f16"
     )
     assert refusal(*gguf, "--out", taken) == (
         f"--out: got {taken}; allowed: a file whose name ends in .gguf"

@@ -104,17 +104,19 @@ def test_a_tiny_model_beside_a_smaller_one(tiny_run: Path, tmp_path: Path) -> No
     LlamaForCausalLM(model.config).save_pretrained(tmp_path / "small")
     out = tmp_path / "speed.json"
     arguments = ["speed", str(tmp_path / "small"), "--baseline", dense, "--engines", "transformers",
-                 "--batches", "1,2", "--lengths", "8,64", "--new-tokens", "2", "--repeats", "3",
+                 "--batches", "1,2", "--lengths", "8,64,80", "--new-tokens", "2", "--repeats", "3",
                  "--out", str(out)]  # fmt: skip
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     data: dict[str, Any] = json.loads(out.read_text())
     assert data["models"] == {"baseline": dense, "model": str(tmp_path / "small")}
     [engine] = data["engines"]
-    assert len(engine["skipped"]) == 2
-    assert "66 positions, the model has 64" in engine["skipped"][0]
-    assert [(x["phase"], x["batch"]) for x in data["comparison"]] == [
-        ("prefill", 1), ("decode", 1), ("prefill", 2), ("decode", 2),
+    assert len(engine["skipped"]) == 4
+    assert "batch 1, 64 tokens: timed with 62, the model has 64 positions" in engine["skipped"][0]
+    assert "82 positions, the model has 64" in engine["skipped"][1]
+    assert [(x["phase"], x["batch"], x["tokens"]) for x in data["comparison"]] == [
+        (phase, batch, tokens)
+        for batch in (1, 2) for tokens in (8, 62) for phase in ("prefill", "decode")
     ]  # fmt: skip
     for line in data["comparison"]:
         assert line["reached"] == pytest.approx(line["speedup"] / line["ideal"])
@@ -151,6 +153,23 @@ def test_gguf_files_go_to_llama_cpp_alone(
         ("llama.cpp", {"model": Source(str(file))}),
     ]
     assert asked_of[0][2] == [Case(2, 3, speed.SMALL.new_tokens)]
+
+
+def test_a_given_gguf_is_not_set_beside_one_that_nobody_named(
+    asked_of: list[tuple[str, dict[str, Source], list[Case]]], tmp_path: Path
+) -> None:
+    """The packaged baseline is a Q4_1 file: beside F16 it would say nothing of pruning."""
+    (tmp_path / "config.json").write_text("{}")
+    file = tmp_path / "m.gguf"
+    file.touch()
+    asked = Asked(str(tmp_path), baseline="smollm2-135m-instruct", gguf=file)
+    with Progress() as progress:
+        report = measure_speed(asked, progress)
+    assert [name for name, _, _ in asked_of] == ["transformers"]
+    assert [x.absent for x in report.engines[1:]] == [
+        "needs --vllm-python, an interpreter that has vLLM",
+        "needs a GGUF file: --baseline-gguf",
+    ]
 
 
 def test_a_missing_gguf_is_said(
