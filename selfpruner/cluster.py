@@ -122,13 +122,13 @@ class _Ray(Generic[Task, Result]):
 
         self._ray, self._work, self._home = ray, work, str(Path.cwd())
         self._needs: Needs = {"num_gpus": 1, "num_cpus": 0} if on_gpus else {"num_cpus": threads}
-        self._places = places(ray.nodes(), threads, on_gpus)
+        self._numbers = [*range(places(ray.nodes(), threads, on_gpus))]
         self._last: dict[int, tuple[Any, Future[Result]]] = {}
 
     @property
-    def size(self) -> int:
-        """How many there are."""
-        return self._places
+    def numbers(self) -> Sequence[int]:
+        """Those of the workers there are."""
+        return tuple(self._numbers)
 
     @property
     def running(self) -> list[Future[Result]]:
@@ -175,20 +175,30 @@ class Actors(_Ray[Task, Result]):
             ValueError: there is room for none.
         """
         super().__init__(work, threads, on_gpus)
+        self._tell = tell
         self._make = self._ray.remote(**self._needs)(_Actor).remote
-        self._actors = self._started([self._make() for _ in range(self._places)])
-        if len(self._actors) < self._places:
-            tell(f"the cluster is busy: {len(self._actors)} of {self._places} workers began")
-        self._places = len(self._actors)
+        wanted = len(self._numbers)
+        begun = self._started([self._make() for _ in self._numbers])
+        if len(begun) < wanted:
+            tell(f"the cluster is busy: {len(begun)} of {wanted} workers began")
+        self._actors = dict(enumerate(begun))
+        self._numbers = [*self._actors]
 
     def submit(self, number: int, task: Task) -> Future[Result]:
         """Hand a task to an actor."""
         does = self._actors[number].do
         return self._begun(number, does.remote(self._home, self._work, number, task))
 
-    def replace(self, number: int) -> None:
-        """Start an actor in the place of a dead one."""
-        self._actors[number] = self._make()
+    def replace(self, number: int) -> bool:
+        """Start an actor in the place of a dead one, if a node has room for it in time."""
+        try:
+            [self._actors[number]] = self._started([self._make()])
+        except ValueError as error:
+            self._tell(f"a worker is gone for good: {error}")
+            del self._actors[number]
+            self._numbers.remove(number)
+            return False
+        return True
 
     def interrupt(self) -> None:
         """End the actors: what they compute has no state to save."""
@@ -196,7 +206,7 @@ class Actors(_Ray[Task, Result]):
 
     def kill(self) -> None:
         """End the actors at once."""
-        for actor in self._actors:
+        for actor in self._actors.values():
             self._ray.kill(actor)
 
     def close(self) -> None:
@@ -243,8 +253,10 @@ class Tasks(_Ray[Task, Result]):
         """Hand a task over."""
         return self._begun(number, self._does.remote(self._home, self._work, task))
 
-    def replace(self, number: int) -> None:
+    def replace(self, number: int) -> bool:
         """Leave it to Ray, which starts another process for the next task."""
+        del number
+        return True
 
     def interrupt(self) -> None:
         """Raise in every task what SIGINT would."""

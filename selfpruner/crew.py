@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Protocol, TypeVar
 
@@ -18,11 +18,11 @@ class LostError(Exception):
 
 
 class Crew(Protocol[Task_contra, Result]):
-    """Workers, numbered from 0; each has at most one task at a time."""
+    """Workers with numbers; each has at most one task at a time."""
 
     @property
-    def size(self) -> int:
-        """How many there are."""
+    def numbers(self) -> Sequence[int]:
+        """Those of the workers there are."""
 
     def submit(self, number: int, task: Task_contra) -> Future[Result]:
         """Hand a task to a worker that has none; what came of it is for `outcome` to say."""
@@ -35,8 +35,11 @@ class Crew(Protocol[Task_contra, Result]):
             ValueError: the worker raised it.
         """
 
-    def replace(self, number: int) -> None:
-        """Put a new worker in the place of a dead one."""
+    def replace(self, number: int) -> bool:
+        """Put a new worker in the place of a dead one; return whether there is room for it.
+
+        A number without room is none any more.
+        """
 
     @property
     def running(self) -> list[Future[Result]]:
@@ -63,23 +66,26 @@ def outcomes(
         again: asked when a worker died over a task, which then is done next, or left out.
 
     Raises:
-        ValueError: a worker raised it.
+        ValueError: a worker raised it, or none is left.
     """
-    waiting, idle = deque(tasks), deque(range(crew.size))
+    waiting, idle = deque(tasks), deque(crew.numbers)
     running: dict[Future[Result], tuple[int, Task]] = {}
     while waiting or running:
         while waiting and idle:
             number, task = idle.popleft(), waiting.popleft()
             running[crew.submit(number, task)] = number, task
+        if not running:
+            raise ValueError("--workers: the last one died, and there is room for no other")
         done, _ = wait(running, return_when=FIRST_COMPLETED)
         for future in done:
             number, task = running.pop(future)
-            idle.append(number)
             try:
                 result = crew.outcome(future)
             except LostError:
-                crew.replace(number)
+                if crew.replace(number):
+                    idle.append(number)
                 if again(task):
                     waiting.appendleft(task)
                 continue
+            idle.append(number)
             yield task, result

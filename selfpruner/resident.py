@@ -91,7 +91,7 @@ def opened_arena(
         on_gpus = resolved_device(bench.config) == "cuda"
         with workforce.residents(partial(score_block, post), on_gpus, progress.note) as crew:
             _open_all(crew, progress)
-            progress.note(f"workers: {crew.size}, threads in each: {post.threads}")
+            progress.note(f"workers: {len(crew.numbers)}, threads in each: {post.threads}")
             batch_size = bench.config.evaluation.batch_size
             score = SharedFitness(arena.score, crew, batch_size, progress.note)
             yield replace(arena, score=score)
@@ -100,8 +100,8 @@ def opened_arena(
 def _open_all(crew: Crew[Block, Floats], progress: Progress) -> None:
     """Have every worker open its arena."""
     nothing = Block((), (), 0, ())
-    with progress.stage("workers", crew.size) as advance:
-        for _ in outcomes([nothing] * crew.size, crew, _never):
+    with progress.stage("workers", len(crew.numbers)) as advance:
+        for _ in outcomes([nothing] * len(crew.numbers), crew, _never):
             advance()
 
 

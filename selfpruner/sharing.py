@@ -52,7 +52,7 @@ class SharedFitness:
             KeyboardInterrupt: one died after a signal had asked for a stop.
         """
         scores = np.zeros((len(plans), len(sequences)))
-        tasks = blocks(plans, sequences, self._crew.size, self._batch_size)
+        tasks = blocks(plans, sequences, len(self._crew.numbers), self._batch_size)
         for block, found in outcomes(tasks, self._crew, self._again()):
             columns = slice(block.start, block.start + len(block.sequences))
             scores[list(block.rows), columns] = found
@@ -70,7 +70,7 @@ class SharedFitness:
                     f"--workers: {_TRIES} workers died over one batch of {len(block.plans)} "
                     "plans; is there memory for so many models?"
                 )
-            self._tell("a worker died; its batch is scored again by a new one")
+            self._tell("a worker died; its batch is scored again")
             return True
 
         return again

@@ -60,9 +60,9 @@ class Processes(Generic[Task, Result]):
         self._last: dict[int, Future[Result]] = {}
 
     @property
-    def size(self) -> int:
-        """How many there are."""
-        return len(self._pools)
+    def numbers(self) -> Sequence[int]:
+        """Those of the workers there are."""
+        return range(len(self._pools))
 
     def submit(self, number: int, task: Task) -> Future[Result]:
         """Hand a task over; a process that is started here has SIGINT blocked from its birth.
@@ -91,9 +91,10 @@ class Processes(Generic[Task, Result]):
         except ValueError as error:
             raise ValueError(str(error)) from error
 
-    def replace(self, number: int) -> None:
+    def replace(self, number: int) -> bool:
         """Put a new process in the place of a dead one."""
         self._pools[number] = _pool()
+        return True
 
     @property
     def running(self) -> list[Future[Result]]:

@@ -85,10 +85,31 @@ def test_a_killed_worker_costs_its_batch_and_no_more(
         assert 0 < lost < 12 * 8 / 2
         # The other one may be done with all before the new one has ranked.
         assert len({process for process, _ in rows}) in (2, 3)
-        assert told == ["a worker died; its batch is scored again by a new one"]
+        assert told == ["a worker died; its batch is scored again"]
         assert np.array_equal(found, arena.score(plans, range(8)))
         left = [process for process, _ in rows]
     _wait_for(lambda: not any(psutil.pid_exists(x) for x in left))
+
+
+def test_a_lost_node_leaves_the_work_to_the_others(
+    opened: tuple[Arena, RunFolder],
+    plans_of: Callable[[Arena, int], list[Plan]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A worker that dies and has no room to begin again is not waited for."""
+    workers = importlib.import_module("scoring_workers")
+    arena, folder = opened
+    assert isinstance(arena.score, Fitness)
+    plans, told = plans_of(arena, 12), list[str]()
+    work = partial(workers.mortal, tmp_path, Post.of(arena.bench, folder, 1))
+    with TWO.residents(work, False, told.append) as crew:
+        assert isinstance(crew, cluster.Actors)
+        monkeypatch.setattr(cluster, "_PATIENCE", 1.0)
+        monkeypatch.setattr(crew, "_make", crew._ray.remote(num_cpus=99)(cluster._Actor).remote)
+        shared = SharedFitness(arena.score, crew, 2, told.append)
+        assert np.array_equal(shared(plans, range(8)), arena.score(plans, range(8)))
+    assert any(x.startswith("a worker is gone for good: --workers: none of 1 began") for x in told)
 
 
 def _search(

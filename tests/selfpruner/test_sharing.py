@@ -115,7 +115,7 @@ def test_a_batch_that_kills_is_given_up(opened: tuple[Arena, RunFolder], plans_o
         shared = SharedFitness(arena.score, crew, 2, told.append)
         with pytest.raises(ValueError, match="3 workers died over one batch of 1 plans"):
             shared(plans_of(arena, 1), [0])
-    assert told == ["a worker died; its batch is scored again by a new one"] * 2
+    assert told == ["a worker died; its batch is scored again"] * 2
 
 
 @pytest.mark.usefixtures("importable")
