@@ -184,6 +184,8 @@ def export(
 ) -> None:
     """Write the pruned model of a run, or any other model, for another engine."""
     with plain_errors():
+        if to == "gguf" and not Path(source).is_dir():
+            raise ValueError(f"{source}: no folder; --to hf --out FOLDER writes one of any model")
         if to == "gguf" and dtype == "bf16":
             raise ValueError("--dtype: got bf16; allowed with --to gguf: f32, f16, q8_0")
         from selfpruner.exporting import export_gguf, export_hf

@@ -30,10 +30,11 @@ _REPORTED_PACKAGES = (
 def environment(seed: int) -> dict[str, Any]:
     """Return what the numbers of a run depend on beside its configuration.
 
-    Versions, Python, platform, CPU model, cores, memory in bytes, git revision or None, seed.
-    No host name, user or path.
+    Versions, Python, platform, CPU model, cores, GPU models, memory in bytes, git revision or
+    None, seed. No host name, user or path.
     """
     import psutil
+    import torch
 
     return {
         "seed": seed,
@@ -41,6 +42,7 @@ def environment(seed: int) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
         "cores": os.cpu_count() or 1,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "memory_bytes": int(psutil.virtual_memory().total),
         "git_revision": _git_revision(),
         "versions": dict(sorted(_versions())),
@@ -54,6 +56,12 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return _cpu_model() if device.type == "cpu" else f"{device.type}, {_cpu_model()}"
+
+
+def gpu_driver() -> str | None:
+    """Return what the kernel says of NVIDIA's driver, None where it says nothing."""
+    path = Path("/proc/driver/nvidia/version")
+    return path.read_text(encoding="utf-8").splitlines()[0] if path.is_file() else None
 
 
 def package_version(name: str) -> str:

@@ -25,13 +25,11 @@ def export_gguf(source: str, out: Path | None, dtype: FileType, progress: Progre
     `source` is a run, whose file lies in it unless `out` is given, or a Hugging Face folder.
 
     Raises:
-        ValueError: the run is not finished, `source` is no folder, llama.cpp cannot hold the
-            model, or `out` is no name of a GGUF file; one line.
+        ValueError: the run is not finished, llama.cpp cannot hold the model, or `out` is no name
+            of a GGUF file; one line.
         OSError: the file cannot be written.
     """
-    model, path = _folder(source), out
-    if model is None:
-        raise ValueError(f"export: {source} is no folder; write one first: --to hf --out FOLDER")
+    model, path = _folder(source) or Path(source), out
     if path is None and is_run_folder(Path(source)):
         path = RunFolder.open(Path(source)).gguf
     if path is None or path.suffix != ".gguf" or path.is_dir():

@@ -39,6 +39,20 @@ class Workload:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """What the command line asks to time; None is for the configuration to say."""
+
+    phase: Phase | None = None
+    batch: int | None = None
+    tokens: int | None = None
+
+    def of(self, workload: Workload) -> Workload:
+        """Return `workload` with what was asked for in its place."""
+        asked = {name: value for name, value in asdict(self).items() if value is not None}
+        return replace(workload, **asked)
+
+
+@dataclass(frozen=True)
 class LatencyTable:
     """`milliseconds = offset + slope * (base + attention blocks + MLPs)`.
 

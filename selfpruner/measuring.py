@@ -147,11 +147,19 @@ def profile(
         typer.Argument(metavar="MODEL|CONFIG", help="A model, or a configuration for its grid."),
     ],
     *,
-    phase: Annotated[Literal["decode", "prefill"], typer.Option(help="What is timed.")] = "decode",
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    phase: Annotated[
+        Literal["decode", "prefill"] | None,
+        typer.Option(help="What is timed; what CONFIG's runs are timed at, for a MODEL decode."),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences at a time; as in CONFIG, or 1.")
+    ] = None,
     tokens: Annotated[
-        int, typer.Option(min=1, help="Of the prompt, or in the cache of each sequence.")
-    ] = 512,
+        int | None,
+        typer.Option(
+            min=1, help="Of the prompt, or in the cache of each sequence; as in CONFIG, or 512."
+        ),
+    ] = None,
     plans: Annotated[int, typer.Option(help="Unseen plans to check it with, 10 at least.")] = 12,
     again: Annotated[
         bool, typer.Option("--again", help="Measure anew what is known of this machine.")
@@ -163,14 +171,14 @@ def profile(
 ) -> None:
     """Measure times by width on this machine, and how well they predict whole models."""
     with plain_errors():
-        from selfpruner.latency_table import Workload
+        from selfpruner.latency_table import Timing
         from selfpruner.profile import profile_command
         from selfpruner.progress import Progress
 
         with Progress() as progress:
             page = profile_command(
                 source,
-                workload=Workload(phase, batch, tokens),
+                timing=Timing(phase, batch, tokens),
                 plans=plans,
                 again=again,
                 out=out,

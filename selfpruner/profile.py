@@ -16,7 +16,7 @@ from pruning.loading import architecture_of, load
 from pruning.plan import Grid, Plan
 from selfpruner.config import RunConfig, load_config
 from selfpruner.environment import device_name, package_version
-from selfpruner.latency_table import LatencyTable, Workload
+from selfpruner.latency_table import LatencyTable, Timing, Workload
 from selfpruner.notation import times
 from selfpruner.profiling import Detail, known_table, random_plans, repeatability, timed
 from selfpruner.progress import Progress
@@ -101,7 +101,7 @@ class Profile:
 def profile_command(
     source: str,
     *,
-    workload: Workload,
+    timing: Timing,
     plans: int,
     again: bool,
     out: Path | None,
@@ -119,6 +119,7 @@ def profile_command(
         raise ValueError(f"--plans: got {plans}, allowed at least {LEAST_PLANS}")
     settle_process()
     config = load_config(Path(source)) if _is_config(source) else RunConfig(model=source)
+    workload = timing.of(config.workload if _is_config(source) else Workload("decode", 1, 512))
     trusted = trust_remote_code or config.trust_remote_code
     grid = grid_of(config, architecture_of(config.model, trust_remote_code=trusted))
     with progress.stage("load"):

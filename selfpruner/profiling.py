@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pruning.families import family_of
 from pruning.plan import Grid, Plan
 from pruning.shaping import shaped
-from selfpruner.environment import device_name, package_version
+from selfpruner.environment import device_name, gpu_driver, package_version
 from selfpruner.latency_table import LatencyTable, Workload
 from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
@@ -192,9 +192,11 @@ def cache_folder() -> Path:
 
 def _key(model: PreTrainedModel, grid: Grid, workload: Workload, detail: Detail) -> dict[str, Any]:
     """Return all that a table depends on."""
+    on_gpu = model.device.type == "cuda"
     return {
         "method": _METHOD,
         "device": device_name(model.device),
+        **({"cuda": torch.version.cuda, "driver": gpu_driver()} if on_gpu else {}),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": package_version("transformers"),

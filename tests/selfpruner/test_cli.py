@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from agent.drivers.driver import DriverError
 from selfpruner.cli import main
 from selfpruner.config import CONFIGS, RunConfig, load_config
+from selfpruner.latency_table import Timing
 from selfpruner.run_folder import RunFolder
 from selfpruner.stopping import TerminatedError
 
@@ -106,7 +107,7 @@ def test_plan_loads_nothing_heavy_and_tells_plain_lines() -> None:
     [
         (("evaluate", "m", "--tasks", "mmlu"), "--tasks: got mmlu; allowed: boolq"),
         (("speed", "m", "--batches", "a"), "--batches: got 'a'; allowed: whole numbers"),
-        (("export", "nowhere", "--to", "gguf"), "nowhere: not a run folder"),
+        (("export", "nowhere", "--to", "gguf"), "nowhere: no folder; --to hf"),
         (("report", "nowhere"), "nowhere: not a run folder"),
         (("experiment", "gone.yaml"), "gone.yaml: no such configuration file"),
     ],
@@ -343,8 +344,8 @@ def test_profile_says_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("profile", "m", *more).exit_code == 0
     [(_, (model,), plain), (_, _, named)] = profile.calls
     assert (model, plain["plans"], plain["again"], plain["out"]) == ("m", 12, False, None)
-    assert str(plain["workload"]) == "decode, batch 1, 512 tokens"
-    assert str(named["workload"]) == "prefill, batch 4, 64 tokens"
+    assert plain["timing"] == Timing()
+    assert named["timing"] == Timing("prefill", 4, 64)
     assert (named["again"], named["out"]) == (True, Path("there"))
     assert run("profile", "m", "--phase", "train").exit_code == 2
 

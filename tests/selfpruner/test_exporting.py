@@ -117,7 +117,7 @@ def test_refusals_are_one_line(run: RunFolder, tmp_path: Path) -> None:
     gguf, hf = (run, "--to", "gguf"), (run, "--to", "hf")
     nowhere = tmp_path / "nowhere"
     assert refusal(nowhere, "--to", "gguf") == (
-        f"export: {nowhere} is no folder; write one first: --to hf --out FOLDER"
+        f"{nowhere}: no folder; --to hf --out FOLDER writes one of any model"
     )
     assert refusal(nowhere, "--to", "hf", "--out", tmp_path / "y").startswith("model: unknown")
     assert refusal(*gguf, "--dtype", "bf16").startswith("--dtype: got bf16; allowed with --to gguf")

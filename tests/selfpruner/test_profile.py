@@ -17,8 +17,8 @@ from pruning.plan import Grid, LayerPlan, Plan
 from selfpruner import profile as profiles
 from selfpruner import profiling
 from selfpruner.cli import main
-from selfpruner.config import load_config
-from selfpruner.latency_table import LatencyTable, Workload
+from selfpruner.config import CONFIGS, load_config
+from selfpruner.latency_table import LatencyTable, Timing, Workload
 from selfpruner.profile import Profile, Row
 from selfpruner.profiling import Detail, random_plans
 from selfpruner.progress import Progress
@@ -27,10 +27,28 @@ from selfpruner.workbench import prepare
 PLAN = Plan((LayerPlan(1, 2, 8),))
 
 
+def test_a_configuration_is_timed_at_the_load_of_its_own_budget() -> None:
+    budget = ("budget={speedup: 1.4, phase: prefill, batch: 8, tokens: 64}",)
+    own = load_config(CONFIGS / "demo.yaml", settings=budget).workload
+    assert Timing().of(own) == Workload("prefill", 8, 64)
+    assert Timing(phase="decode", tokens=32).of(own) == Workload("decode", 8, 32)
+
+
 def test_the_command_measures_prints_and_writes(tiny_run: Path, tmp_path: Path) -> None:
     said = CliRunner().invoke(
         main,
-        ["profile", str(tiny_run), "--tokens", "8", "--plans", "10", "--out", str(tmp_path / "p")],
+        [
+            "profile",
+            str(tiny_run),
+            "--phase",
+            "decode",
+            "--tokens",
+            "8",
+            "--plans",
+            "10",
+            "--out",
+            str(tmp_path / "p"),
+        ],
         catch_exceptions=False,
     )
     assert said.exit_code == 0, said.output
