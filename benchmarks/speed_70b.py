@@ -119,6 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=420.0, help="nothing starts after these")
     parser.add_argument("--out", type=Path, default=None, help="JSON file of all figures")
     options = parser.parse_args(arguments)
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("--device: got cuda, which torch does not find; allowed here: cpu")
     result = measure(options.scale, torch.device(options.device), options.seconds)
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
