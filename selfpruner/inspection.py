@@ -46,22 +46,26 @@ def evaluate_command(
         loaded, tokenizer = _loaded(name, spread, trust_remote_code, progress)
         scores[name] = judge.tasks(loaded, tokenizer, settings, 0, progress, name)
         del loaded
+    difference = None
+    if baseline is not None and baseline != model:
+        difference = judge.difference(scores[baseline], scores[model], 0)
+    p_values = {} if difference is None else difference.mcnemar or {}
     table = Table(title=MEAN_CONVENTION, title_justify="left")
-    for heading in ("task", "n", *scores):
+    for heading in ("task", "n", *scores, *(["McNemar p"] if p_values else [])):
         table.add_column(heading, justify="left" if heading == "task" else "right")
     for task in tasks:
         found = [x[task] for x in scores.values()]
-        table.add_row(task, str(found[0].n), *(_shown(x) for x in found))
+        p_value = [f"{p_values[task]:.3f}"] if p_values else []
+        table.add_row(task, str(found[0].n), *(_shown(x) for x in found), *p_value)
     table.add_row("mean", "", *(f"{100 * mean_accuracy(x):.2f}" for x in scores.values()))
     console = Console()
     console.print(table)
-    if baseline is not None and baseline != model:
-        found_difference = judge.difference(scores[baseline], scores[model], 0)
-        assert found_difference is not None
-        low, high = found_difference.ci95
+    if difference is not None:
+        low, high = difference.ci95
         console.print(
-            f"difference {found_difference.points:+.2f} points, "
-            f"95 % interval {low:+.2f} to {high:+.2f}, paired by item"
+            f"difference {difference.points:+.2f} points, "
+            f"95 % interval {low:+.2f} to {high:+.2f}, paired by item. "
+            + difference.resolution(sum(x.n for x in scores[model].values()))
         )
 
 

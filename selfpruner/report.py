@@ -196,23 +196,9 @@ def _tasks(results: Results) -> list[dict[str, Any]]:
 
 def _resolution(quality: Quality) -> str | None:
     """Return in words whether the sample of items tells the two models apart; None without."""
-    difference = quality.difference
-    if difference is None:
+    if quality.difference is None:
         return None
-    size = f"{abs(difference.points):.2f} points"
-    if float(f"{difference.points:.2f}") == 0:
-        return "The mean has not moved."
-    items = sum(x.n for x in quality.pruned.tasks.values())
-    change = "drop" if difference.points < 0 else "gain"
-    if difference.is_resolved:
-        return (
-            f"The {change} of {size} is resolved by the {items:,} items: "
-            "its 95 % interval leaves out zero."
-        )
-    return (
-        f"The {change} of {size} is not resolved by the {items:,} items: its 95 % interval "
-        "includes zero, so more items are needed to tell it from none."
-    )
+    return quality.difference.resolution(sum(x.n for x in quality.pruned.tasks.values()))
 
 
 def _change(before: TaskNumbers | None, after: TaskNumbers, field: str) -> str:

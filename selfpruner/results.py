@@ -132,6 +132,22 @@ class Difference(Record):
         """Whether the 95 % interval leaves out zero."""
         return not self.ci95[0] <= 0 <= self.ci95[1]
 
+    def resolution(self, items: int) -> str:
+        """Return in words whether so many items tell the two models apart."""
+        size = f"{abs(self.points):.2f} points"
+        if float(f"{self.points:.2f}") == 0:
+            return "The mean has not moved."
+        change = "drop" if self.points < 0 else "gain"
+        if self.is_resolved:
+            return (
+                f"The {change} of {size} is resolved by the {items:,} items: "
+                "its 95 % interval leaves out zero."
+            )
+        return (
+            f"The {change} of {size} is not resolved by the {items:,} items: its 95 % interval "
+            "includes zero, so more items are needed to tell it from none."
+        )
+
 
 class Quality(Record):
     """Both models on the same items. `difference` is None without tasks."""

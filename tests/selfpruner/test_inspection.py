@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from selfpruner.config import load_config
 from selfpruner.progress import Progress
 
 
-def _evaluate(model: str, spread: bool | None) -> None:
+def _evaluate(model: str, spread: bool | None, baseline: str | None = None) -> None:
     with Progress() as progress:
         inspection.evaluate_command(
             model,
-            baseline=None,
+            baseline=baseline,
             tasks=["arc_easy"],
             samples=6,
             batch_size=4,
@@ -68,3 +69,16 @@ def test_layers_on_disk_change_no_figure(
     assert "on disk" not in whole.err
     assert re.search(r"mean .*\d\d\.\d\d", whole.out)
     assert spread.out == whole.out
+
+
+def test_beside_a_baseline_every_task_has_its_p_value(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Equal models disagree on no item: p is 1 and the mean has not moved."""
+    model = load_config(tiny_run).model
+    shutil.copytree(model, tmp_path / "same")
+    _evaluate(str(tmp_path / "same"), spread=False, baseline=model)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "McNemar p" in out
+    assert "1.000" in out
+    assert "paired by item. The mean has not moved." in out
