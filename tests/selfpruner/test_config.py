@@ -39,7 +39,7 @@ def write(tmp_path: Path) -> Write:
         (
             "pruning: {metric: wandas}",
             "pruning.metric: got 'wandas'; "
-            "allowed: 'magnitude', 'obs', 'random', 'wanda_sp' or 'wifv'",
+            "allowed: 'magnitude', 'obs', 'random', 'wanda_sp', 'wifv' or 'wifv_squared'",
         ),
         (
             "budget: {}",
@@ -179,16 +179,17 @@ def test_later_layers_win_key_by_key(write: Write) -> None:
     assert config.search.population == 20  # file over recipe
     assert config.search.crossover == 5  # command line over recipe
     assert config.search.evaluations == 430  # recipe over default
-    assert config.pruning.target == "cpu"  # default
+    assert config.pruning.step is None  # default
 
 
 def test_a_recipe_from_the_command_line_goes_over_the_file(write: Write) -> None:
-    path = write("model: m\nrecipe: best\nsearch: {allocator: hybrid, population: 8, window: 4}")
+    path = write("model: m\nrecipe: best\nsearch: {allocator: hybrid, population: 8, tokens: 4}")
     config = load_config(path, settings=["search.crossover=5", "recipe=self_pruner"])
     assert config.recipe == "self_pruner"
     assert config.search.allocator == "llm"
     assert config.search.population == 30  # recipe over file
-    assert config.search.window == 4  # the recipe says nothing of it
+    assert config.search.tokens == 4  # the recipe says nothing of it
+    assert config.search.window is None  # nothing of the file's recipe is left
     assert config.search.crossover == 5  # command line over recipe
     assert config.pruning.attention_metric is None  # nothing of the file's recipe is left
     assert config.pruning.metric == "wanda_sp"

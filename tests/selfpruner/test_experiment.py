@@ -112,8 +112,8 @@ def test_without_models_and_budgets_those_of_the_base_serve(tmp_path: Path) -> N
 def test_a_digest_knows_what_was_set_and_nothing_of_defaults(tmp_path: Path) -> None:
     arms: dict[str, Any] = {
         "plain": {},
-        "default": {"search.population": 12},
-        "other": {"search.population": 13},
+        "default": {"search.finalists": 3},
+        "other": {"search.finalists": 4},
         "worded": {"search.strategy": "paper"},
         "classical": {"search.allocator": "random"},
         "classical_worded": {"search.allocator": "random", "search.strategy": "paper"},
