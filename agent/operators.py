@@ -71,8 +71,9 @@ def propose(
 
 
 def _begun(context: SearchContext, slots: Sequence[Slot], seen: set[str]) -> dict[int, Proposal]:
-    """Return what the first generation begins with: the seed plan, then the plans handed in."""
+    """Return what the first generation begins with: simple plans, then the plans handed in."""
     plans = [context.first_plan] if context.settings.seed_plan else []
+    plans += [context.simple_plan(x) for x in context.settings.starts]
     plans += [context.grid.levels(x) for x in context.starts]
     made: dict[int, Proposal] = {}
     for levels in plans[: len(slots)]:

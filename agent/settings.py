@@ -26,6 +26,7 @@ AllocatorName = Literal[
     "owl",
     "flap_global",
 ]
+SimplePlan = Literal["uniform", "uniform_mlp", "heuristic", "knapsack", "owl", "flap_global"]
 Granularity = Literal["layer", "block"]
 DriverKind = Literal["embedded", "api", "vllm", "replay", "none"]
 Placebo = Literal["none", "layers", "fitness", "name"]
@@ -148,6 +149,11 @@ class SearchSettings(BaseModel):
         0.5, description="hybrid: share of proposals that the LLM makes, or learned as it goes"
     )
     seed_plan: bool = Field(True, description="one heuristic plan in the first generation")
+    starts: tuple[SimplePlan, ...] = Field(
+        (),
+        description="further plans that the first generation begins with, those of allocators "
+        "without a search",
+    )
     min_rate: float = Field(0.0, ge=0, lt=1, description="least removed share of a block")
     max_rate: float = Field(0.9, gt=0, le=1, description="largest removed share of a block")
     shown: int = Field(3, ge=1, le=100, description="candidates listed in a prompt")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from agent.ledger import Ledger, Probe
 from agent.loss_curves import loss_curves
 from agent.parse import Block, Bounds
 from agent.projection import Levels, Space
-from agent.settings import DriverSettings, SearchSettings
+from agent.settings import DriverSettings, SearchSettings, SimplePlan
 from prompts.library import Strategy
 from pruning.budget import Budget
 from pruning.plan import Grid, Plan
@@ -148,6 +148,11 @@ class SearchContext:
     @cached_property
     def fixed_plan(self) -> Levels | None:
         """The one plan of an allocator without a search, None for the others."""
+        name = self.settings.allocator
+        return self.simple_plan(name) if name in get_args(SimplePlan) else None
+
+    def simple_plan(self, name: str) -> Levels:
+        """Return the plan of an allocator without a search."""
         space = self.space
         makers: dict[str, Callable[[], Levels]] = {
             "uniform": lambda: allocators.uniform(space),
@@ -159,8 +164,7 @@ class SearchContext:
             "owl": lambda: allocators.owl(space, self.outliers),
             "flap_global": lambda: self.conform(allocators.flap_global(space, self.unit_scores)),
         }
-        make = makers.get(self.settings.allocator)
-        return None if make is None else make()
+        return makers[name]()
 
     @cached_property
     def reply_bounds(self) -> Bounds:

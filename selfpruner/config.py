@@ -107,13 +107,14 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _allocator_has_its_facts(self) -> Self:
-        if self.search.allocator in ("owl", "flap_global") and (
-            self.pruning.statistics != "frozen"
-        ):
-            raise ValueError(
-                f"pruning.statistics: got 'sequential'; allowed with search.allocator "
-                f"{self.search.allocator}: frozen"
-            )
+        asked = {"search.allocator": (self.search.allocator,), "search.starts": self.search.starts}
+        for setting, names in asked.items():
+            found = [x for x in names if x in ("owl", "flap_global")]
+            if found and self.pruning.statistics != "frozen":
+                raise ValueError(
+                    f"pruning.statistics: got 'sequential'; allowed with {setting} {found[0]}: "
+                    "frozen"
+                )
         return self
 
     @model_validator(mode="after")

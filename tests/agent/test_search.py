@@ -133,6 +133,15 @@ def test_parents_of_a_genetic_search_are_half_of_its_population(
         assert 2 < len(found) <= 5
 
 
+def test_a_search_begins_with_the_simple_plans_that_are_named(scene: Scene, tmp_path: Path) -> None:
+    context = scene(allocator="genetic", starts=("uniform_mlp", "uniform", "heuristic"))
+    run(context, tmp_path)
+    first = [x for x in context.ledger.candidates() if x.generation == 0]
+    wanted = [context.first_plan, *(context.simple_plan(x) for x in ("uniform_mlp", "uniform"))]
+    assert [context.grid.levels(x.plan) for x in first[:3]] == wanted  # the heuristic one, once
+    assert [x.origin for x in first] == ["heuristic"] * 3 + ["classical"] * 5
+
+
 def test_evolution_has_one_parent_and_genetic_several(scene: Scene, tmp_path: Path) -> None:
     for allocator, operators in (("evolution", {"mutate"}), ("genetic", {"crossover", "mutate"})):
         (tmp_path / allocator).mkdir()

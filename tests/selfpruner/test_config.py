@@ -172,6 +172,13 @@ def test_missing_file_and_wrong_shape(tmp_path: Path, write: Write) -> None:
         load_config(write("- a"))
 
 
+@pytest.mark.parametrize("setting", ["allocator: flap_global", "starts: [uniform, owl]"])
+def test_facts_of_a_frozen_ranking_are_needed(write: Write, setting: str) -> None:
+    path = write(f"model: m\nrecipe: wanda_sp\nsearch: {{{setting}}}")
+    with pytest.raises(ValueError, match=r"pruning\.statistics: got 'sequential'; allowed with "):
+        load_config(path)
+
+
 def test_later_layers_win_key_by_key(write: Write) -> None:
     path = write("model: m\nrecipe: self_pruner\nsearch: {population: 20}\nseed: 3")
     config = load_config(path, model="n", settings=["seed=4", "search.crossover=5"])
