@@ -17,12 +17,9 @@ class VllmEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
 
-        from pruning.registration import register
-
         if load["gguf_file"]:
             raise SkipError("vLLM loads a folder or hub id, not a GGUF file")
         self._eager = bool(load["device"] == "cpu")
-        register()  # what this project's plug-in does, which need not be installed there
         context = _context(load["model"], load["trust_remote_code"])
         self._length = min(load["most_tokens"], context)
         self._llm = LLM(

@@ -51,8 +51,9 @@ def _answers() -> Iterator[dict[str, Any]]:
     if importlib.util.find_spec(package) is None:
         yield {"missing": f"{package} is not installed"}
         return
-    module, _, name = path.partition(":")
-    kind = getattr(importlib.import_module(module), name)
+    if load["prepare"] is not None:
+        _named(load["prepare"])()
+    kind = _named(path)
     started = time.perf_counter()
     try:
         engine: Any = kind(load)
@@ -63,6 +64,12 @@ def _answers() -> Iterator[dict[str, Any]]:
     yield {"ok": {**engine.facts(), "load_seconds": seconds}}
     for line in sys.stdin:
         yield _answer(engine, json.loads(line))
+
+
+def _named(path: str) -> Any:
+    """Return what `module:name` names."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _answer(engine: Any, request: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Settings:
     """What all engines are told. `threads` is of each process, `seconds` a bound on one case.
 
     A case gets `repeats` timed repeats after `warmup` untimed ones, or as many as fit into
-    `seconds`, but three at least.
+    `seconds`, but three at least. `prepare` is `module:function`, called in each process first.
     """
 
     dtype: str
@@ -45,6 +45,7 @@ class Settings:
     warmup: int = 1
     seconds: float = 60.0
     trust_remote_code: bool = False
+    prepare: str | None = None
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,7 @@ class _Comparison:
                     "device": self._settings.device,
                     "threads": self._settings.threads,
                     "trust_remote_code": self._settings.trust_remote_code,
+                    "prepare": self._settings.prepare,
                     "models": len(self._models),
                     "most_batch": max(x.batch for x in cases),
                     "most_tokens": max(x.tokens + x.new_tokens for x in cases),

@@ -82,10 +82,10 @@ def outcomes(
             try:
                 result = crew.outcome(future)
             except LostError:
-                if crew.replace(number):
-                    idle.append(number)
                 if again(task):
                     waiting.appendleft(task)
+                if crew.replace(number):
+                    idle.append(number)
                 continue
             idle.append(number)
             yield task, result

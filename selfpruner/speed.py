@@ -19,6 +19,8 @@ from selfpruner.workbench import resolved_device, resolved_dtype
 SCHEMA_VERSION = 1
 # Share of its matrix products' speedup that a pruned model should reach in a prefill.
 PREFILL_TARGET = 0.90
+# What the plug-in of this project does in vLLM, where it need not be installed.
+_PLUG_IN = "pruning.registration:register"
 _GGUF_OPTIONS = {"baseline": "--baseline-gguf", "model": "--gguf"}
 
 
@@ -139,11 +141,15 @@ def measure_speed(asked: Asked, progress: Progress) -> SpeedReport:
     files = {"baseline": asked.baseline_gguf, "model": asked.gguf}
     folders = {role: Source(*locate(name)) for role, name in names.items()}
     packed = _packed(folders, files)
-    small = replace(settings, seconds=SMALL.seconds)
+    told = {
+        "transformers": settings,
+        "vllm": replace(settings, prepare=_PLUG_IN),
+        "llama.cpp": replace(settings, seconds=SMALL.seconds),  # its CPU build, on any machine
+    }
     reports = [
-        _engine(name, packed, _cases(asked, SMALL), small, asked, progress)
-        if name == "llama.cpp"  # its CPU build, on any machine
-        else _engine(name, folders, cases, settings, asked, progress)
+        _engine(name, packed, _cases(asked, SMALL), told[name], asked, progress)
+        if name == "llama.cpp"
+        else _engine(name, folders, cases, told[name], asked, progress)
         for name in _engines(asked)
     ]
     if all(x.absent is not None for x in reports):
