@@ -64,6 +64,11 @@ class Alignment:
             ValueError: the dense model or the step does not suit it.
         """
         self._check(architecture, step)
+        if unit == "query_head" and prune_attention and architecture.q_per_group == 1:
+            raise ValueError(
+                "pruning.attention_unit: got query_head, allowed for this model: kv_group; each "
+                "KV head has one query head, which cannot go without it"
+            )
         grid = Grid.of(architecture, step or self.step, unit, prune_attention)
         block = self._block(architecture)
         levels = [

@@ -88,16 +88,10 @@ class Grid:
         """Return the grid with MLP channels in multiples of `step`.
 
         Raises:
-            ValueError: `step` is not between 1 and the MLP width, or query heads are to go where
-                each has a KV head of its own.
+            ValueError: `step` is not between 1 and the MLP width.
         """
         if not 1 <= step <= architecture.mlp:
             raise ValueError(f"pruning.step: got {step}, allowed 1 to {architecture.mlp}")
-        if unit == "query_head" and prune_attention and architecture.q_per_group == 1:
-            raise ValueError(
-                "pruning.attention_unit: got query_head, allowed for this model: kv_group; each "
-                "KV head has one query head, which cannot go without it"
-            )
         units = architecture.kv_heads if unit == "kv_group" else architecture.q_per_group
         attention = tuple(range(1, units + 1)) if prune_attention else (units,)
         mlp = (*range(step, architecture.mlp, step), architecture.mlp)

@@ -79,7 +79,6 @@ def test_what_cannot_be_is_one_line(
         Alignment.of(target).grid(architecture, step)
 
 
-@settings(max_examples=80, deadline=None)
 def test_query_heads_go_only_where_several_share_a_kv_head() -> None:
     for target in ("cpu", "tensor-cores"):
         with pytest.raises(ValueError, match="attention_unit: got query_head, allowed for this"):
@@ -87,6 +86,7 @@ def test_query_heads_go_only_where_several_share_a_kv_head() -> None:
         assert Alignment.of(target).grid(LLAMA_2, None, "query_head", prune_attention=False)
 
 
+@settings(max_examples=80, deadline=None)
 @given(
     st.sampled_from([1, 2, 3, 4, 8]),
     st.sampled_from([1, 2, 4, 8, 16]),
