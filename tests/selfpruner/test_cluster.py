@@ -26,15 +26,17 @@ from agent.graph import SearchResult
 from pruning.plan import Plan
 from selfpruner import cluster
 from selfpruner.arena import Arena
+from selfpruner.blocks import Block
 from selfpruner.cli import main
 from selfpruner.config import load_config
+from selfpruner.crew import Work
 from selfpruner.experiment import run_experiment
 from selfpruner.fitness import Fitness
 from selfpruner.progress import Progress
 from selfpruner.resident import Post, opened_arena
 from selfpruner.run_folder import RunFolder
 from selfpruner.searching import search
-from selfpruner.sharing import SharedFitness
+from selfpruner.sharing import Floats, SharedFitness
 from selfpruner.workbench import prepare
 from selfpruner.workers import in_workers
 from selfpruner.workforce import Workforce
@@ -68,6 +70,12 @@ def _two_places() -> Iterator[None]:
     os.environ["PYTHONPATH"] = path
 
 
+def _mortal(arena: Arena, folder: RunFolder, path: Path) -> Work[Block, Floats]:
+    """Return scoring by workers of which one dies, once; they keep their log in `path`."""
+    mortal = importlib.import_module("scoring_workers").mortal
+    return partial(mortal, path, Post.of(arena.bench, folder, 1))
+
+
 def test_a_killed_worker_costs_its_batch_and_no_more(
     opened: tuple[Arena, RunFolder], plans_of: Callable[[Arena, int], list[Plan]], tmp_path: Path
 ) -> None:
@@ -75,8 +83,7 @@ def test_a_killed_worker_costs_its_batch_and_no_more(
     arena, folder = opened
     assert isinstance(arena.score, Fitness)
     plans, told = plans_of(arena, 12), list[str]()
-    work = partial(workers.mortal, tmp_path, Post.of(arena.bench, folder, 1))
-    with TWO.residents(work, False, told.append) as crew:
+    with TWO.residents(_mortal(arena, folder, tmp_path), False, told.append) as crew:
         shared = SharedFitness(arena.score, crew, 2, told.append)
         found = shared(plans, range(8))
         rows = workers.begun(tmp_path)
@@ -98,12 +105,10 @@ def test_a_lost_node_leaves_the_work_to_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A worker that dies and has no room to begin again is not waited for."""
-    workers = importlib.import_module("scoring_workers")
     arena, folder = opened
-    assert isinstance(arena.score, Fitness)
     plans, told = plans_of(arena, 12), list[str]()
-    work = partial(workers.mortal, tmp_path, Post.of(arena.bench, folder, 1))
-    with TWO.residents(work, False, told.append) as crew:
+    with TWO.residents(_mortal(arena, folder, tmp_path), False, told.append) as crew:
+        assert isinstance(arena.score, Fitness)
         assert isinstance(crew, cluster.Actors)
         monkeypatch.setattr(cluster, "_PATIENCE", 1.0)
         monkeypatch.setattr(crew, "_make", crew._ray.remote(num_cpus=99)(cluster._Actor).remote)
