@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
-from benchmarks import speed_70b
+from benchmarks import fused_decoder, fused_kernels, speed_70b
+from benchmarks.fused_decoder import FusedDecoder
 from benchmarks.speed_70b import SHAPES, Cache, Case, Decoder, Shared, Widths
 
 SMALL = SHAPES["small"]
@@ -82,15 +86,17 @@ def test_the_decoder_is_stock_llama_and_decodes_what_it_prefills() -> None:
 
     whole, part = (Case("prefill", 2, n, 1) for n in (9, 8))
     filled = [Cache(shape, dense, case, CPU) for case in (whole, part)]
-    found = decoder.forward(ids, torch.arange(9)[None], filled[:1])
-    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    for forward in (decoder.forward, decoder.fused_forward):
+        found = forward(ids, torch.arange(9)[None], filled[:1])
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
 
     decoder.forward(ids[:, :8], torch.arange(8)[None], filled[1:])
     cache = Cache(shape, dense, Case("decode", 2, 8, 1), CPU)
     for buffer, kept in zip(cache.layers, filled[1].layers, strict=True):
         buffer[..., :8, :] = kept
-    step = decoder.forward(ids[:, 8:], torch.arange(8, 9)[None], [cache])
-    torch.testing.assert_close(step, expected, rtol=0.05, atol=0.05)
+    for forward in (decoder.forward, decoder.fused_forward):
+        step = forward(ids[:, 8:], torch.arange(8, 9)[None], [cache])
+        torch.testing.assert_close(step, expected, rtol=0.05, atol=0.05)
     torch.testing.assert_close(cache.layers[-1], filled[0].layers[-1], rtol=0.05, atol=0.05)
 
 
@@ -100,7 +106,8 @@ def test_the_small_run_reports_every_plan_and_case(
     file = tmp_path / "speed.json"
     speed_70b.main(["--device", "cpu", "--scale", "small", "--out", str(file)])
     result = json.loads(file.read_text())
-    assert len(result["rows"]) == 9
+    assert len(result["rows"]) == 18
+    assert max(result["disagreements"].values()) < 0.05
     assert result["skipped"] == []
     for row in result["rows"]:
         assert row["speedup"] == pytest.approx(row["dense_ms"] / row["pruned_ms"])
@@ -110,12 +117,12 @@ def test_the_small_run_reports_every_plan_and_case(
             p for n, s, p in speed_70b.plans(SMALL) if (n, s) == (row["plan"], row["share"])
         )
         assert row["kept"] == speed_70b.kept(SMALL, plan)
-    assert capsys.readouterr().out.count("| uniform | 70.0 % | decode |") == 2
+    assert capsys.readouterr().out.count("| uniform | 70.0 % | fused | decode |") == 2
 
 
 def test_out_of_time_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     speed_70b.main(["--device", "cpu", "--scale", "small", "--seconds", "0"])
-    assert capsys.readouterr().out.count("out of time") == 9
+    assert capsys.readouterr().out.count("out of time") == 18
 
 
 def test_a_row_by_hand() -> None:
@@ -125,9 +132,10 @@ def test_a_row_by_hand() -> None:
     assert row["quartiles"] == [2.0, 4.0]
 
 
-def test_it_needs_torch_and_transformers_alone() -> None:
-    """Parse the imports: the file is copied to machines without this project."""
-    tree = ast.parse(Path(str(speed_70b.__file__)).read_text())
+@pytest.mark.parametrize("module", [speed_70b, fused_decoder, fused_kernels])
+def test_it_needs_torch_and_transformers_alone(module: ModuleType) -> None:
+    """Parse the imports: the folder is copied to machines without this project."""
+    tree = ast.parse(Path(str(module.__file__)).read_text())
     names = {
         name.split(".")[0]
         for node in ast.walk(tree)
@@ -139,4 +147,59 @@ def test_it_needs_torch_and_transformers_alone() -> None:
             else []
         )
     }
-    assert names - sys.stdlib_module_names == {"torch", "transformers"}
+    # triton comes with torch where there is a GPU.
+    assert names - sys.stdlib_module_names <= {"benchmarks", "torch", "transformers", "triton"}
+
+
+def test_gains_of_norms_are_folded_into_what_follows_them() -> None:
+    shared = Shared(SMALL, CPU)
+    stock = Decoder(SMALL, PLAN, shared).layers
+    ids, positions = torch.randint(SMALL.vocabulary, (2, 7)), torch.arange(7)[None]
+    case = Case("prefill", 2, 7, 1)
+    with torch.no_grad():
+        for layer in stock:
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.weight.uniform_(0.5, 2.0)
+        hidden, angles = shared.embedding(ids), shared.rotary(shared.embedding(ids), positions)
+        before = stock[0](
+            hidden, position_ids=positions, past_key_values=_cache(case), use_cache=True,
+            position_embeddings=angles,
+        )  # fmt: skip
+        fused = FusedDecoder(stock, shared.norm, shared.head)
+        residual, delta = fused.layers[0].forward(
+            hidden, torch.zeros_like(hidden), angles, _cache(case), fused.between
+        )
+    assert stock[0].input_layernorm.weight.eq(1).all()
+    torch.testing.assert_close(residual + delta, before, rtol=0.05, atol=0.05)
+
+
+def _cache(case: Case) -> Cache:
+    return Cache(SMALL, PLAN, case, CPU)
+
+
+def test_kernels_do_what_torch_does() -> None:
+    """A decode step by Triton's interpreter, where Triton is installed, in single precision."""
+    pytest.importorskip("triton")
+    program = """
+import torch
+from benchmarks import speed_70b as speed
+speed.DTYPE = torch.float32
+shape, cpu = speed.SHAPES["small"], torch.device("cpu")
+for share, batch, tokens in ((1.0, 1, 70), (0.5, 3, 127)):
+    plan = speed.varied_plan(shape, share) if share < 1 else speed.dense_plan(shape)
+    case = speed.Case("decode", batch, tokens, 1)
+    with torch.no_grad():
+        decoder = speed.Decoder(shape, plan, speed.Shared(shape, cpu))
+        ids, at = torch.randint(shape.vocabulary, (batch, 1)), torch.tensor([[tokens]])
+        caches = [[speed.Cache(shape, plan, case, cpu) for _ in range(2)] for _ in range(2)]
+        for old, new in zip(*caches):
+            new.layers = [x.clone() for x in old.layers]
+        stock = decoder.forward(ids, at, caches[0])[:, 0]
+        hidden = decoder.shared.embedding(ids)
+        found = decoder.fused._step(hidden[:, 0], decoder.shared.rotary(hidden, at), caches[1])
+    torch.testing.assert_close(found, stock, rtol=1e-4, atol=1e-4)
+    for old, new in zip(*caches):
+        torch.testing.assert_close(new.layers, old.layers, rtol=1e-4, atol=1e-4)
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=300)
