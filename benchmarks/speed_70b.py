@@ -7,7 +7,7 @@ Twenty distinct decoder layers with random weights run four times, each time wit
 its own: 80 layers' work from 34 GB of weights, far more than any cache on the chip holds. The
 dense and one pruned model are resident together and take turns; each is one CUDA graph. They run
 twice over the same weights: fused as serving engines do it (`benchmarks/fused_decoder.py`), and as
-the stock layers of transformers, whose forty small kernels a layer no plan makes shorter.
+the stock layers of transformers, whose many small kernels no plan makes shorter.
 
 Decode is one step at a fixed context; its ideal speedup is the ratio of the bytes that a step has
 to read: weights (norms and head too, of the embedding no more than a few rows) and KV cache.
