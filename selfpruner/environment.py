@@ -69,14 +69,26 @@ def package_version(name: str) -> str:
     return importlib.metadata.version(name)
 
 
+def cpu_instructions() -> str:
+    """Return the instruction sets of the CPU in the system's words, "" where it has none.
+
+    Rented CPUs of different generations go by one name.
+    """
+    return _cpu_line("flags", "Features") or ""
+
+
 def _cpu_model() -> str:
     """Return the CPU's name as the system gives it."""
+    return _cpu_line("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_line(*names: str) -> str | None:
+    """Return what the system says of the first CPU under one of these names."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+        return None
+    return next((x.partition(":")[2].strip() for x in lines if x.startswith(names)), None)
 
 
 def _git_revision() -> str | None:

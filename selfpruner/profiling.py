@@ -21,7 +21,12 @@ from numpy.typing import NDArray
 from pruning.families import family_of
 from pruning.plan import Grid, Plan
 from pruning.shaping import shaped
-from selfpruner.environment import device_name, gpu_driver, package_version
+from selfpruner.environment import (
+    cpu_instructions,
+    device_name,
+    gpu_driver,
+    package_version,
+)
 from selfpruner.latency_table import LatencyTable, Workload
 from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
@@ -201,7 +206,11 @@ def _key(model: PreTrainedModel, grid: Grid, workload: Workload, detail: Detail)
     return {
         "method": _METHOD,
         "device": device_name(model.device),
-        **({"cuda": torch.version.cuda, "driver": gpu_driver()} if on_gpu else {}),
+        **(
+            {"cuda": torch.version.cuda, "driver": gpu_driver()}
+            if on_gpu
+            else {"instructions": cpu_instructions()}
+        ),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": package_version("transformers"),

@@ -53,11 +53,14 @@ IN_VLLM = """
 import json, sys
 from vllm import LLM, ModelRegistry, SamplingParams
 from vllm.model_executor.models.transformers import TransformersForCausalLM
-from pruning.registration import register
 
 folder, names, prompts = sys.argv[1], *map(json.loads, sys.argv[2:])
-engine = LLM(folder, dtype="float32", max_model_len=64, enforce_eager=True)
-register()
+options = {} if names else {"trust_remote_code": True}
+engine = LLM(folder, dtype="float32", max_model_len=64, enforce_eager=True, **options)
+if names:
+    from pruning.registration import register
+
+    register()
 classes = [ModelRegistry.models[name].load_model_cls() for name in names]
 asked = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
 outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], asked)
@@ -112,9 +115,11 @@ def test_vllm_finds_the_plug_in() -> None:
 
 @pytest.mark.real
 @pytest.mark.skipif(not VLLM.exists(), reason="make venv-vllm makes the environment")
-def test_vllm_serves_a_pruned_model_without_remote_code(
-    make_model: Any, rank: Any, bpe: Any, make_tokens: Any, tmp_path: Path
+@pytest.mark.parametrize("plug_in", [True, False])
+def test_vllm_serves_a_pruned_model(
+    plug_in: bool, make_model: Any, rank: Any, bpe: Any, make_tokens: Any, tmp_path: Path
 ) -> None:
+    """By the plug-in, which needs no remote code, and by remote code without the plug-in."""
     fields = {"head_dim": 32, "vocab_size": len(bpe)}  # vLLM has no kernel for heads of 8
     elastic = rank(make_model("llama", dtype=torch.float32, **fields), "least_squares")
     small = export(sliced(elastic, UNEVEN), bpe, tmp_path / "model", torch.float32).eval()
@@ -126,7 +131,8 @@ def test_vllm_serves_a_pruned_model_without_remote_code(
         do_sample=False,
         eos_token_id=None,
     )
-    names = [f"Pruned{family.class_prefix}ForCausalLM" for family in FAMILIES.values()]
+    classes = [f"Pruned{family.class_prefix}ForCausalLM" for family in FAMILIES.values()]
+    names = classes if plug_in else []
     answer = _answer(
         VLLM,
         IN_VLLM,
@@ -135,5 +141,7 @@ def test_vllm_serves_a_pruned_model_without_remote_code(
         json.dumps(prompts.tolist()),
         VLLM_CPU_KVCACHE_SPACE="1",
         VLLM_NO_USAGE_STATS="1",
+        HF_MODULES_CACHE=str(tmp_path / "modules"),
+        **({} if plug_in else {"VLLM_PLUGINS": "none"}),
     )
     assert answer == {"backend": [True] * len(names), "tokens": made[:, 20:].tolist()}
