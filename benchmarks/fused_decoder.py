@@ -121,7 +121,8 @@ class FusedDecoder:
 
         The layers run once per cache. `angles` are cos and sin, shape (1, T, head_dim).
         """
-        if hidden_BTD.is_cuda and hidden_BTD.shape[1] == 1:
+        batch, tokens, _ = hidden_BTD.shape
+        if hidden_BTD.is_cuda and tokens == 1 and batch <= ROWS:
             return self._step(hidden_BTD[:, 0], angles, caches)[:, None]
         delta = torch.zeros_like(hidden_BTD)
         for cache in caches:
