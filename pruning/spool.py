@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -25,7 +26,8 @@ def held(tensors: Tensors) -> Tensors:
 class Spool:
     """A folder of tensors, kept layer by layer; it is read back from the file as a mapping.
 
-    What was read stays in memory until something of another layer is read.
+    What was read stays in memory until something of another layer is read. Another process, to
+    which it is sent, reads the same files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,12 +47,16 @@ class Spool:
             self._count += 1
             path = self._folder / f"{index:05d}-{self._count:05d}.safetensors"
             save(_as_they_lie(tensors), path)
-            devices = {name: x.device for name, x in tensors.items()}
-            return _Spooled(devices, lambda name: self._get(index, path, name, devices[name]))
+            return _Spooled(self, index, path, {name: x.device for name, x in tensors.items()})
 
         return keep
 
-    def _get(self, layer: int, path: Path, name: str, device: torch.device) -> Tensor:
+    def __getstate__(self) -> dict[str, Any]:
+        """Return where the files are, without what was read."""
+        return self.__dict__ | {"_layer": None, "_read": {}}
+
+    def get(self, layer: int, path: Path, name: str, device: torch.device) -> Tensor:
+        """Return a tensor of a layer from its file, on `device`."""
         if self._layer != layer:
             self._read.clear()
             self._layer = layer
@@ -62,13 +68,13 @@ class Spool:
 class _Spooled(Mapping[str, Tensor]):
     """Tensors by name, each read when it is asked for."""
 
-    def __init__(self, devices: Mapping[str, torch.device], get: Callable[[str], Tensor]) -> None:
-        self._devices, self._get = devices, get
+    def __init__(
+        self, spool: Spool, layer: int, path: Path, devices: Mapping[str, torch.device]
+    ) -> None:
+        self._spool, self._layer, self._path, self._devices = spool, layer, path, devices
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._devices:
-            raise KeyError(name)
-        return self._get(name)
+        return self._spool.get(self._layer, self._path, name, self._devices[name])
 
     def __contains__(self, name: object) -> bool:
         return name in self._devices

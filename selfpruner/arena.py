@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Self
 
 from agent.allocators import Sensitivity
@@ -19,7 +20,7 @@ from selfpruner.profiling import Detail, known_table, store_table, stored_table
 from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
 from selfpruner.sharing import SharedFitness
-from selfpruner.workbench import Workbench, rank
+from selfpruner.workbench import Workbench, lent_ranking, rank
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,17 @@ class Arena:
     speed: LatencyTable
 
     @classmethod
-    def open(cls, bench: Workbench, folder: RunFolder, progress: Progress) -> Self:
+    def open(
+        cls, bench: Workbench, folder: RunFolder, progress: Progress, lent: Path | None = None
+    ) -> Self:
         """Return the arena of `folder`: its ranking and its timing are those that it began with.
 
+        `lent` is a ranking that another process has written down; None ranks here.
+
         Raises:
-            ValueError: the ranking comes out otherwise than the stored one.
+            ValueError: the ranking comes out otherwise than the stored one, or there is none.
         """
-        prunable, errors = rank(bench, progress)
+        prunable, errors = rank(bench, progress) if lent is None else lent_ranking(bench, lent)
         _fix_order(prunable, errors, bench, folder)
         speed = _table(bench, folder, progress)
         choices = _choices(bench)

@@ -27,15 +27,22 @@ class Block:
 
 
 def blocks(
-    plans: Sequence[Plan], sequences: Sequence[int], workers: int, batch_size: int
+    plans: Sequence[Plan],
+    sequences: Sequence[int],
+    workers: int,
+    batch_size: int,
+    *,
+    each: int = 2,
 ) -> list[Block]:
-    """Return the blocks of a score, about two a worker, so that none waits long for another.
+    """Return the blocks of a score, about `each` a worker.
+
+    Two, so that none waits long for another; one where each block reads its layers from disk.
 
     Plans are shared out by the layers that a trie of them has, neighbours in the trie together.
     Only where there are fewer groups of plans than workers are sequences, too, and then between
     two micro-batches: no sum is rounded otherwise than in one block.
     """
-    groups = _groups(plans, 2 * workers)
+    groups = _groups(plans, each * workers)
     parts = list(_parts(sequences, -(-workers // max(len(groups), 1)), batch_size))
     return [
         Block(tuple(rows), tuple(plans[i] for i in rows), start, part)

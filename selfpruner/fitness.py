@@ -93,6 +93,11 @@ class Fitness:
         """Search sequences there are."""
         return len(self._tokens)
 
+    @property
+    def goes_layer_by_layer(self) -> bool:
+        """Whether each layer is read, or its cuts made, once a call for all plans and sequences."""
+        return is_streamed(self._dense) or isinstance(self._runs, LayerwiseElastic)
+
     def of(self, runs: Runs) -> Fitness:
         """Return the same fitness for something else that runs, sharing the dense references."""
         other = Fitness(
@@ -114,9 +119,8 @@ class Fitness:
         scores = np.zeros((len(plans), len(sequences)))
         if any(name in self._weights for name in TEXT_TERMS):
             self._refer(sequences)
-            # Each layer is read, or its cuts made, once a call: those make their own micro-batches.
-            layerwise = is_streamed(self._dense) or isinstance(self._runs, LayerwiseElastic)
-            step = len(sequences) if layerwise else self._batch_size
+            # What goes layer by layer makes its own micro-batches.
+            step = max(1, len(sequences)) if self.goes_layer_by_layer else self._batch_size
             for start in range(0, len(sequences), step):
                 chosen = sequences[start : start + step]
                 columns = slice(start, start + len(chosen))

@@ -23,6 +23,7 @@ from selfpruner.run_folder import RunFolder
 from selfpruner.sharing import Floats, SharedFitness
 from selfpruner.workbench import (
     Workbench,
+    lend_ranking,
     prepare,
     resolved_device,
     resolved_dtype,
@@ -40,14 +41,18 @@ class Post:
         config: the run's configuration as YAML, its device and dtype resolved.
         began: text of the files in `statistics/` that an arena begins with, by name.
         threads: of torch.
+        lent: the file with the ranking of a streamed run; None where each worker ranks.
     """
 
     config: str
     began: tuple[tuple[str, str], ...]
     threads: int
+    lent: Path | None = None
 
     @classmethod
-    def of(cls, bench: Workbench, folder: RunFolder, threads: int) -> Post:
+    def of(
+        cls, bench: Workbench, folder: RunFolder, threads: int, lent: Path | None = None
+    ) -> Post:
         """Return the post of the workers of a run whose arena is open."""
         facts = {
             "device": resolved_device(bench.config),
@@ -55,7 +60,7 @@ class Post:
         }
         files = (folder.order, folder.statistics / TABLE)
         began = tuple((x.name, x.read_text(encoding="utf-8")) for x in files)
-        return cls(bench.config.model_copy(update=facts).to_yaml(), began, threads)
+        return cls(bench.config.model_copy(update=facts).to_yaml(), began, threads, lent)
 
 
 def score_block(post: Post, number: int, block: Block) -> Floats:
@@ -74,20 +79,19 @@ def opened_arena(
     """Yield the arena of `folder`; with workers, they score its search.
 
     It is opened, and its forward passes are timed, before there are any workers: nothing else
-    runs then. It is opened at their number of threads, so that the ranking is theirs.
+    runs then. It is opened at their number of threads, so that the ranking is theirs. In a
+    streamed run it is theirs in any case: they read its cuts.
 
     Raises:
         ValueError: the workers cannot be had, or rank otherwise.
     """
-    if bench.config.memory == "streamed" and not workforce.is_alone:
-        raise ValueError("--workers: memory: streamed is for one process")
     with threads_set(workforce.threads):
         arena = Arena.open(bench, folder, progress)
         if workforce.is_alone:
             yield arena
             return
         assert isinstance(arena.score, Fitness)
-        post = Post.of(bench, folder, torch.get_num_threads())
+        post = Post.of(bench, folder, torch.get_num_threads(), _lent(arena))
         on_gpus = resolved_device(bench.config) == "cuda"
         with workforce.residents(partial(score_block, post), on_gpus, progress.note) as crew:
             _open_all(crew, progress)
@@ -95,6 +99,15 @@ def opened_arena(
             batch_size = bench.config.evaluation.batch_size
             score = SharedFitness(arena.score, crew, batch_size, progress.note)
             yield replace(arena, score=score)
+
+
+def _lent(arena: Arena) -> Path | None:
+    """Return the file in which a streamed run lends its ranking."""
+    if arena.bench.scratch is None:
+        return None
+    path = arena.bench.scratch / "ranking.pt"
+    lend_ranking((arena.prunable, arena.errors), path)
+    return path
 
 
 def _open_all(crew: Crew[Block, Floats], progress: Progress) -> None:
@@ -122,4 +135,4 @@ def _arena(post: Post, number: int) -> Arena:
         config = parse_config(post.config, "the run's configuration")
         settle_process(streaming=config.memory == "streamed")
         bench = prepare(config, silent, folder)
-        return Arena.open(bench, folder, silent)
+        return Arena.open(bench, folder, silent, post.lent)

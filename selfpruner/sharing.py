@@ -52,7 +52,9 @@ class SharedFitness:
             KeyboardInterrupt: one died after a signal had asked for a stop.
         """
         scores = np.zeros((len(plans), len(sequences)))
-        tasks = blocks(plans, sequences, len(self._crew.numbers), self._batch_size)
+        each = 1 if self._own.goes_layer_by_layer else 2
+        workers = len(self._crew.numbers)
+        tasks = blocks(plans, sequences, workers, self._batch_size, each=each)
         for block, found in outcomes(tasks, self._crew, self._again()):
             columns = slice(block.start, block.start + len(block.sequences))
             scores[list(block.rows), columns] = found

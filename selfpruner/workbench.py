@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+# The model that runs as any plan, and the cut errors `[layer][block][level]`.
+Ranked = tuple[Prunable, allocators.Sensitivity]
+
+
 @dataclass(frozen=True)
 class Workbench:
     """What every later stage of a run works on.
@@ -194,7 +198,7 @@ def budget_of(
     )
 
 
-def rank(bench: Workbench, progress: Progress) -> tuple[Prunable, list[tuple[list[float], ...]]]:
+def rank(bench: Workbench, progress: Progress) -> Ranked:
     """Return the model that runs as any plan, and the cut errors `[layer][block][level]`."""
     ranked = _ranked(bench, progress)
     errors = [tuple(layer.cut_errors(bench.grid)) for layer in ranked.layers]
@@ -209,6 +213,30 @@ def rank(bench: Workbench, progress: Progress) -> tuple[Prunable, list[tuple[lis
         batch_size=bench.config.evaluation.batch_size,
     )
     return sequential, errors
+
+
+def lend_ranking(ranked: Ranked, path: Path) -> None:
+    """Write down a streamed run's ranking for its other processes; its cuts stay in their spool.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    prunable, errors = ranked
+    assert isinstance(prunable, ElasticModel)
+    torch.save((prunable.layers, errors), path)
+
+
+def lent_ranking(bench: Workbench, path: Path) -> Ranked:
+    """Return what `rank` did in the process that lends its ranking, for the same model here.
+
+    Raises:
+        ValueError: there is no such file, as on a node that does not share the run's folder.
+    """
+    if not path.is_file():
+        raise ValueError(f"--workers: no {path} here; a streamed run's workers share its folder")
+    layers, errors = torch.load(path, weights_only=False)  # a pickle, of this very run
+    ranked = ElasticModel(bench.model, bench.family, layers)
+    return LayerwiseElastic(ranked, bench.config.evaluation.batch_size), errors
 
 
 def _ranked(bench: Workbench, progress: Progress) -> ElasticModel:

@@ -6,6 +6,7 @@ import json
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ from pruning import loading
 from selfpruner import finishing, pipeline, verdict
 from selfpruner.config import RunConfig, load_config
 from selfpruner.progress import Progress
+from selfpruner.resident import opened_arena
 from selfpruner.results import Refit, Results
 from selfpruner.run_folder import RunFolder
+from selfpruner.searching import search
+from selfpruner.workbench import lent_ranking, prepare
+from selfpruner.workforce import Workforce
 
 COMMON = ("evaluation.tasks=[]", "evaluation.speed.repeats=1", "evaluation.speed.new_tokens=1")
 LITTLE = 45_000  # bytes: too few for all layers of the tiny model
@@ -176,6 +181,32 @@ def test_a_refit_that_does_not_help_costs_no_second_slicing(
     assert found.refit is not None
     assert not found.refit.kept
     assert sorted(sliced) == sorted({*found.controls, "found"})
+
+
+def test_workers_score_from_the_cuts_of_the_run(tiny_run: Path, tmp_path: Path) -> None:
+    """Two processes read what one has ranked; they rank nothing, and change no number."""
+    config = _config(tiny_run, "streamed", "search.population=6")
+    plans, scores, files = [], [], []
+    for size in (1, 2):
+        folder = RunFolder.create(tmp_path / str(size), config)
+        bench = prepare(config, progress := Progress(StringIO()), folder)
+        workforce = Workforce(size, asked_threads=1)
+        with opened_arena(bench, folder, progress, workforce) as arena:
+            found = search(arena, config, folder, progress)
+        plans.append(found.best.plan)
+        scores.append(_scores(folder))
+        files.append(sorted(x.name for x in (folder.scratch / "cuts").iterdir()))
+    assert plans[0] == plans[1]
+    assert scores[0] == scores[1]
+    assert files[0] == files[1]
+
+
+def test_a_worker_without_the_folder_of_the_run_is_told_so(tiny_run: Path, tmp_path: Path) -> None:
+    config = _config(tiny_run, "streamed")
+    folder = RunFolder.create(tmp_path / "run", config)
+    bench = prepare(config, Progress(StringIO()), folder)
+    with pytest.raises(ValueError, match=r"no .*ranking\.pt here; a streamed run's workers share"):
+        lent_ranking(bench, tmp_path / "ranking.pt")
 
 
 def _results(folder: RunFolder) -> Results:
