@@ -60,6 +60,9 @@ def plan(
         str | None, typer.Option(help="Name under configs/hardware or a YAML file.")
     ] = None,
     devices: Annotated[int | None, typer.Option(min=1, help="How many of them.")] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Of the search, as of compress; each has a device.")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     full: _Full = False,
 ) -> None:
@@ -74,7 +77,7 @@ def plan(
 
         settings = list(setting or []) + (["evaluation.samples=null"] if full else [])
         run = load_config(config, model=model, budget=budget, settings=settings)
-        found = estimate_costs(run, load_hardware(hardware or run.hardware, devices))
+        found = estimate_costs(run, load_hardware(hardware or run.hardware, devices), workers)
         if as_json:
             typer.echo(json.dumps(found.to_json(), indent=2))
         else:

@@ -122,12 +122,17 @@ class CostEstimate:
         }
 
 
-def estimate_costs(config: RunConfig, hardware: Hardware) -> CostEstimate:
-    """Return what the run of `config` costs on `hardware`.
+def estimate_costs(config: RunConfig, hardware: Hardware, workers: int = 1) -> CostEstimate:
+    """Return what the run of `config` costs on `hardware`, its searches scored by `workers`.
 
     Raises:
-        ValueError: no architecture is known for the model, or the budget cannot be met; one line.
+        ValueError: no architecture is known for the model, the budget cannot be met, or there are
+            more workers than devices; one line.
     """
+    if workers > hardware.devices:
+        raise ValueError(
+            f"--workers: got {workers}; allowed: up to {hardware.devices}, one a device (--devices)"
+        )
     architecture = architecture_by_name(config.model)
     settings = config.pruning
     grid = config.alignment(on_gpu=hardware.gpu).grid(
@@ -138,7 +143,7 @@ def estimate_costs(config: RunConfig, hardware: Hardware) -> CostEstimate:
     precision = precision_of(config.dtype, fast_bfloat16=hardware.has_fast_bfloat16)
     llm = asking(config, grid, budget, architecture.layers)
     run, streamed = (
-        RunStages(x, architecture, precision, kept, llm, hardware)
+        RunStages(x, architecture, precision, kept, llm, hardware, workers)
         for x in (config, config.model_copy(update={"memory": "streamed"}))
     )
     peaks = {stage.name: stage.memory for stage in streamed.all()}

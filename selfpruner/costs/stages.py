@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -52,6 +53,7 @@ class RunStages:
         kept: share of the blocks that the budget leaves, above 0 to 1.
         llm: what the search will ask.
         hardware: that it runs on.
+        workers: processes that score the plans of its searches, each on a device of its own.
     """
 
     config: RunConfig
@@ -60,6 +62,7 @@ class RunStages:
     kept: float
     llm: Asking
     hardware: Hardware
+    workers: int = 1
 
     def all(self) -> list[Stage]:
         """Return the stages in order, empty ones left out."""
@@ -106,10 +109,11 @@ class RunStages:
         count = self.evaluations
         tokens = count * self._scored_tokens
         works = [
+            *self._opened(),
             *self.scoring.references(self._search_tokens),
-            *self.scoring.scores(count, self._scored_tokens),
+            *self._shared(self.scoring.scores(count, self._scored_tokens)),
+            *self._shared(self.scoring.cuts(count)),
         ]
-        works += self.scoring.cuts(count)
         works += self._read(self._walks(count) * self._cuts + self.dense.weight_bytes)
         items = self.config.data.choices
         looked = (count if self.config.fitness.get("accuracy") else 0) + self.llm.generations + 1
@@ -118,7 +122,7 @@ class RunStages:
             tokens += items * looked * judging.ITEM_TOKENS
         if self.config.pruning.statistics == "sequential":
             again = (*self._calibration(self.dense), *self._rankings(), self._rerun())
-            works += [times(work, count) for work in again]
+            works += self._shared([times(work, count) for work in again])
             tokens += count * 2 * self._calibration_tokens
         return Stage("search", tuple(works), self.memory.score(), tokens)
 
@@ -142,8 +146,8 @@ class RunStages:
         if not targets:
             return Stage("front", (), Memory())
         works = [
-            *self.scoring.scores(count, self._scored_tokens),
-            *self.scoring.cuts(count),
+            *self._shared(self.scoring.scores(count, self._scored_tokens)),
+            *self._shared(self.scoring.cuts(count)),
         ]
         works += self.scoring.scores(1, select)
         works += self._read((self._walks(count) + len(targets)) * self._cuts)
@@ -307,6 +311,16 @@ class RunStages:
         search = self.config.search
         rounds = 1 if search.racing.is_off else len(search.racing.rounds)
         return math.ceil(count / search.population) * rounds
+
+    def _shared(self, works: Sequence[Work]) -> list[Work]:
+        """Return what is left of the works where the workers share them out."""
+        return [times(work, 1 / self.workers) for work in works]
+
+    def _opened(self) -> tuple[Work, ...]:
+        """Return the workers' start, at once: in memory each loads the model and ranks it."""
+        if self.workers == 1 or self.memory.is_streamed:
+            return ()
+        return (*self.load().works, *self._calibration(self.dense), *self._rankings())
 
     def _read(self, size: float) -> tuple[Work, ...]:
         """Return bytes that a streamed run reads from disk or writes there."""

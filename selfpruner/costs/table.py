@@ -17,9 +17,10 @@ ASSUMPTIONS = (
     "Time of a piece of work is the longest of operations over the share of the peak that is "
     "reached, bytes over bandwidth, and layers started one by one; the hardware file has them all.",
     "The program keeps everything on one device: further devices hold more and are paid for, they "
-    "shorten nothing, and the split of a model over them is not built but for the tasks of a "
-    "streamed run: there each model in turn lies on all devices, and what nine tenths of them do "
-    "not hold is moved from CPU memory once a batch.",
+    "shorten nothing but the searches, and those only with --workers, which share out scores and "
+    "cuts; what they read from one disk takes as long as before. The split of a model over devices "
+    "is not built but for the tasks of a streamed run: there each model in turn lies on all "
+    "devices, and what nine tenths of them do not hold is moved from CPU memory once a batch.",
     "From the calibration to the end of the refit the corrections of every layer are held, "
     "4 N² + 8 O N bytes for an output projection (O, N), without least squares 4 N² + 4 O N; Gram "
     "matrices are those of one layer at a time. With memory: streamed they are on disk, as the "

@@ -123,7 +123,7 @@ def _search(
     """Return the outcome of a search and its ledger."""
     config = load_config(tiny_run, settings=settings)
     folder, progress = RunFolder.create(path, config), Progress(StringIO())
-    bench = prepare(config, progress)
+    bench = prepare(config, progress, folder)
     with opened_arena(bench, folder, progress, workforce) as opened:
         assert isinstance(opened.score, Fitness) == workforce.is_alone
         found = search(opened, config, folder, progress)
@@ -136,10 +136,12 @@ def _ledger(folder: Path) -> list[Any]:
     return [{k: v for k, v in x.items() if k not in ("seconds", "speedup")} for x in lines]
 
 
+@pytest.mark.parametrize("memory", ["whole", "streamed"])
 def test_a_search_is_the_same_on_no_one_and_two_workers(
-    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: str
 ) -> None:
     settings = ("search.evaluations=30", "search.population=6", "data.search.tokens=128")
+    settings += (f"memory={memory}",)
     alone, ledger = _search(tiny_run, tmp_path / "alone", Workforce(asked_threads=1), *settings)
     assert len(ledger) > 10
     two, its = _search(tiny_run, tmp_path / "two", TWO, *settings)

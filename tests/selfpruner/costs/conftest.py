@@ -15,15 +15,16 @@ Estimating = Callable[..., CostEstimate]
 
 @pytest.fixture
 def estimated() -> Estimating:
-    """Return `(*settings, config=, hardware=, devices=) -> CostEstimate`."""
+    """Return `(*settings, config=, hardware=, devices=, workers=) -> CostEstimate`."""
 
     def make(
         *settings: str,
         config: str = "demo",
         hardware: str = "laptop-cpu",
         devices: int | None = None,
+        workers: int = 1,
     ) -> CostEstimate:
         run = load_config(CONFIGS / f"{config}.yaml", settings=settings)
-        return estimate_costs(run, load_hardware(hardware, devices))
+        return estimate_costs(run, load_hardware(hardware, devices), workers)
 
     return make

@@ -146,6 +146,37 @@ def test_devices_hold_more_cost_more_and_shorten_nothing(estimated: Estimating) 
 STREAMED = ("memory=streamed", "data.choices=0")
 
 
+def test_workers_share_the_scoring_out_and_nothing_else(estimated: Estimating) -> None:
+    one, eight = (
+        estimated(*STREAMED, config="llama2_70b_49b", hardware="h200", devices=8, workers=count)
+        for count in (1, 8)
+    )
+    for a, b in zip(one.stages, eight.stages, strict=True):
+        assert (a.seconds > b.seconds) == (a.name == "search"), a.name
+    assert 1 < seconds(one, "search") / seconds(eight, "search") < 8  # reading is not shared
+
+
+def test_workers_in_memory_load_and_rank_before_they_score(estimated: Estimating) -> None:
+    """Two take half of the scoring each, after what each has to do itself."""
+    one, two, four = (
+        seconds(estimated(config="llama2_7b", hardware="h200", devices=4, workers=n), "search")
+        for n in (1, 2, 4)
+    )
+    # The timing of the speed model, a part of `rank`, is not theirs.
+    assert two - four == pytest.approx((one - two + _start(estimated)) / 2, rel=0.01)
+
+
+def _start(estimated: Estimating) -> float:
+    """Seconds in which a worker of the 7B run loads, calibrates and ranks."""
+    found = estimated(config="llama2_7b", hardware="h200")
+    return seconds(found, "load", "calibrate", "rank, correct")
+
+
+def test_each_worker_has_a_device(estimated: Estimating) -> None:
+    with pytest.raises(ValueError, match=r"^--workers: got 3; allowed: up to 2, one a device"):
+        estimated(hardware="h200", devices=2, workers=3)
+
+
 def test_streamed_a_70b_model_fits_one_device_and_pays_with_reading(
     estimated: Estimating,
 ) -> None:
@@ -302,6 +333,19 @@ def test_comments_tell_what_plan_says_of_a_streamed_run(estimated: Estimating, n
     assert stage(found, "refit").memory.total / 1e9 == pytest.approx(float(told[1]), abs=0.5)
     assert found.scratch_bytes / 1e12 == pytest.approx(float(told[2]), abs=0.05)
     assert found.seconds / 3600 == pytest.approx(float(told[3]), abs=0.6)
+
+
+@pytest.mark.parametrize("name", ["llama2_70b_49b", "llama2_70b_35b"])
+def test_comments_tell_what_plan_says_of_eight_workers(estimated: Estimating, name: str) -> None:
+    comment = " ".join((CONFIGS / f"{name}.yaml").read_text().replace("\n#", "").split())
+    told = re.search(r"eight of those with `--workers 8`: (\d+) hours, the tasks (\d+)", comment)
+    assert told is not None
+    # They run with the last settings of the comment.
+    *_, words = _commands(name)
+    settings = [b for a, b in pairwise(words) if a == "--set"]
+    found = estimated(*settings, config=name, hardware="a100-80gb", devices=8, workers=8)
+    assert found.seconds / 3600 == pytest.approx(float(told[1]), abs=0.5)
+    assert seconds(found, "tasks") / 3600 == pytest.approx(float(told[2]), abs=0.5)
 
 
 def _commands(name: str) -> list[list[str]]:
