@@ -15,8 +15,8 @@ from pruning.ranking import order_hash
 from selfpruner.config import RunConfig
 from selfpruner.data import load_choice_items
 from selfpruner.fitness import Fitness
-from selfpruner.latency_table import LatencyTable
-from selfpruner.profiling import Detail, known_table, store_table, stored_table
+from selfpruner.latency_table import Detail, LatencyTable
+from selfpruner.profiling import known_table, store_table, stored_table
 from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
 from selfpruner.sharing import SharedFitness

@@ -53,6 +53,48 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Detail:
+    """How finely a table is measured.
+
+    Attributes:
+        attention: numbers of attention units at most; linear in between.
+        mlp: MLP widths at most.
+        rounds: how often models take turns.
+        calibration: whole random models, beside the dense one and the smallest; 0 to go without.
+        graphs: whether a GPU replays CUDA graphs.
+    """
+
+    attention: int
+    mlp: int
+    rounds: int
+    calibration: int
+    graphs: bool
+
+    @classmethod
+    def coarse(cls) -> Detail:
+        """Return what does for prompts and the report: seconds on a CPU."""
+        return cls(attention=2, mlp=3, rounds=2, calibration=0, graphs=False)
+
+    @classmethod
+    def fine(cls, *, on_gpu: bool) -> Detail:
+        """Return what a search within a speedup needs.
+
+        Times are linear between the widths measured, 33 at most on a GPU: a tile narrower than
+        the gap between two of them does not show, which is why its widths go in whole tiles
+        (`pruning.target`).
+        """
+        widths = 33 if on_gpu else 9
+        return cls(widths, widths, rounds=5, calibration=4, graphs=True)
+
+    def levels(self, grid: Grid) -> tuple[list[int], list[int]]:
+        """Return the levels of attention and of MLPs that are measured."""
+        return (
+            _spread(len(grid.attention), self.attention),
+            _spread(len(grid.mlp), self.mlp),
+        )
+
+
+@dataclass(frozen=True)
 class LatencyTable:
     """`milliseconds = offset + slope * (base + attention blocks + MLPs)`.
 
@@ -244,3 +286,8 @@ def _worth(row: Sequence[int]) -> list[int]:
         if row[level] < row[kept[-1]]:
             kept.append(level)
     return kept[::-1]
+
+
+def _spread(levels: int, most: int) -> list[int]:
+    """Return at most so many levels, evenly from the smallest to the dense one."""
+    return sorted({round(x) for x in np.linspace(0, levels - 1, min(levels, most))})

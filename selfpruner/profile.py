@@ -16,9 +16,9 @@ from pruning.loading import architecture_of, load
 from pruning.plan import Grid, Plan
 from selfpruner.config import RunConfig, load_config
 from selfpruner.environment import device_name, package_version
-from selfpruner.latency_table import LatencyTable, Timing, Workload
+from selfpruner.latency_table import Detail, LatencyTable, Timing, Workload
 from selfpruner.notation import times
-from selfpruner.profiling import Detail, known_table, random_plans, repeatability, timed
+from selfpruner.profiling import known_table, random_plans, repeatability, timed
 from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
 from selfpruner.workbench import grid_of, resolved_device, resolved_dtype, settle_process
@@ -165,7 +165,7 @@ def profile(
     Raises:
         ValueError: the grid has not as many.
     """
-    detail = Detail.fine(model.device)
+    detail = Detail.fine(on_gpu=model.device.type == "cuda")
     table = known_table(model, grid, workload, detail, progress, again=again)
     _, architecture = family_of(model)
     dense = Plan.dense(architecture)

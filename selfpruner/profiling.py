@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from selfpruner.environment import (
     gpu_driver,
     package_version,
 )
-from selfpruner.latency_table import LatencyTable, Workload
+from selfpruner.latency_table import Detail, LatencyTable, Workload
 from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
 from selfpruner.stopwatch import take_turns
@@ -39,41 +39,6 @@ CACHE_VARIABLE = "SELFPRUNER_CACHE"
 _METHOD = 1  # of a change in how times are taken: tables of another one are measured anew
 _SMALLEST_SIZE, _SPREAD = 0.2, 0.2
 TABLE = "latency.json"
-
-
-@dataclass(frozen=True)
-class Detail:
-    """How finely a table is measured.
-
-    Attributes:
-        attention: numbers of attention units at most; linear in between.
-        mlp: MLP widths at most.
-        rounds: how often models take turns.
-        calibration: whole random models, beside the dense one and the smallest; 0 to go without.
-        graphs: whether a GPU replays CUDA graphs.
-    """
-
-    attention: int
-    mlp: int
-    rounds: int
-    calibration: int
-    graphs: bool
-
-    @classmethod
-    def coarse(cls) -> Detail:
-        """Return what does for prompts and the report: seconds on a CPU."""
-        return cls(attention=2, mlp=3, rounds=2, calibration=0, graphs=False)
-
-    @classmethod
-    def fine(cls, device: torch.device) -> Detail:
-        """Return what a search within a speedup needs.
-
-        Times are linear between the widths measured, 33 at most on a GPU: a tile narrower than
-        the gap between two of them does not show, which is why its widths go in whole tiles
-        (`pruning.target`).
-        """
-        widths = 33 if device.type == "cuda" else 9
-        return cls(widths, widths, rounds=5, calibration=4, graphs=True)
 
 
 def stored_table(folder: RunFolder | None) -> LatencyTable | None:
@@ -132,8 +97,7 @@ def measure(
         )
     layers = family_of(model)[1].layers
     top = (len(grid.attention) - 1, len(grid.mlp) - 1)
-    attention = _spread(len(grid.attention), detail.attention)
-    mlp = _spread(len(grid.mlp), detail.mlp)
+    attention, mlp = detail.levels(grid)
     by_attention = {x: grid.plan([(x, top[1])] * layers) for x in attention}
     by_mlp = {x: grid.plan([(top[0], x)] * layers) for x in mlp}
     dense = grid.plan([top] * layers)
@@ -222,8 +186,3 @@ def _key(model: PreTrainedModel, grid: Grid, workload: Workload, detail: Detail)
         "mlp": [grid.mlp[0], grid.mlp[-1], len(grid.mlp)],
         "detail": asdict(detail),
     }
-
-
-def _spread(levels: int, most: int) -> list[int]:
-    """Return at most so many levels, evenly from the smallest to the dense one."""
-    return sorted({round(x) for x in np.linspace(0, levels - 1, min(levels, most))})

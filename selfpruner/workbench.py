@@ -28,8 +28,8 @@ from pruning.spool import Spool
 from selfpruner.config import RunConfig
 from selfpruner.data import TextData, load_texts
 from selfpruner.heap import settle_heap
-from selfpruner.latency_table import LatencyTable
-from selfpruner.profiling import Detail, known_table, stored_table
+from selfpruner.latency_table import Detail, LatencyTable
+from selfpruner.profiling import known_table, stored_table
 from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
 
@@ -120,7 +120,7 @@ def prepare(config: RunConfig, progress: Progress, folder: RunFolder | None = No
         texts = load_texts(config, tokenizer)
     table = None
     if config.weighs_latency:
-        detail = Detail.fine(model.device)
+        detail = Detail.fine(on_gpu=model.device.type == "cuda")
         table = stored_table(folder) or known_table(model, grid, config.workload, detail, progress)
         grid = table.worthwhile(grid)
     budget = budget_of(config, architecture, grid, table)

@@ -143,7 +143,7 @@ def estimate_costs(config: RunConfig, hardware: Hardware, workers: int = 1) -> C
     precision = precision_of(config.dtype, fast_bfloat16=hardware.has_fast_bfloat16)
     llm = asking(config, grid, budget, architecture.layers)
     run, streamed = (
-        RunStages(x, architecture, precision, kept, llm, hardware, workers)
+        RunStages(x, architecture, grid, precision, kept, llm, hardware, workers)
         for x in (config, config.model_copy(update={"memory": "streamed"}))
     )
     peaks = {stage.name: stage.memory for stage in streamed.all()}

@@ -9,6 +9,7 @@ from typing import get_args
 
 from agent.settings import Operators
 from pruning.architecture import Architecture
+from pruning.plan import Grid
 from selfpruner.config import RunConfig
 from selfpruner.costs import judging, surgery
 from selfpruner.costs.answering import answering
@@ -16,6 +17,7 @@ from selfpruner.costs.hardware import Hardware, Precision
 from selfpruner.costs.llm import Asking
 from selfpruner.costs.memory import Memory, MemoryModel
 from selfpruner.costs.scoring import Scoring
+from selfpruner.costs.timing import latency_table
 from selfpruner.costs.work import Running, Work, times
 
 _SPEED_RUNS = 4 * 6  # forward passes of the speed model: four plans, six rounds
@@ -49,6 +51,7 @@ class RunStages:
     Attributes:
         config: of the run.
         architecture: of the dense model.
+        grid: the allowed plans.
         precision: of forward passes.
         kept: share of the blocks that the budget leaves, above 0 to 1.
         llm: what the search will ask.
@@ -58,6 +61,7 @@ class RunStages:
 
     config: RunConfig
     architecture: Architecture
+    grid: Grid
     precision: Precision
     kept: float
     llm: Asking
@@ -68,6 +72,7 @@ class RunStages:
         """Return the stages in order, empty ones left out."""
         stages = [
             self.load(),
+            self.latency(),
             self.calibrate(),
             self.rank(),
             self.search(),
@@ -88,6 +93,13 @@ class RunStages:
         work = Work(disk=self.dense.weight_bytes, waiting=self.hardware.start_seconds)
         return Stage("load", (work,), self.memory.load())
 
+    def latency(self) -> Stage:
+        """Return the latency table, where the search depends on predicted times."""
+        if not self.config.weighs_latency:
+            return Stage("latency table", (), Memory())
+        works = latency_table(self.config, self.dense, self.grid, self.hardware)
+        return Stage("latency table", works, self.memory.load())
+
     def calibrate(self) -> Stage:
         """Return the dense pass over the calibration tokens with its Gram matrices."""
         works = (*self._calibration(self.dense), *self._read(self._cuts))
@@ -95,14 +107,10 @@ class RunStages:
 
     def rank(self) -> Stage:
         """Return ranking, corrections and the timing of the speed model."""
-        length = self.config.data.length
-        timed = _SPEED_RUNS * length
-        half = replace(self.dense, kept=0.5)
-        works = (
-            *surgery.ranking(self._shapes, self.config.pruning),
-            half.passes(timed, length, 1),
-        )
-        return Stage("rank, correct", works, self.memory.calibrate(), timed)
+        length, works = self.config.data.length, list(self._rankings())
+        timed = 0 if self.config.weighs_latency else _SPEED_RUNS * length
+        works += [replace(self.dense, kept=0.5).passes(timed, length, 1)] if timed else []
+        return Stage("rank, correct", tuple(works), self.memory.calibrate(), timed)
 
     def search(self) -> Stage:
         """Return scoring: evaluations of all search tokens or of a window, cuts, items."""

@@ -18,7 +18,7 @@ from selfpruner import profiling
 from selfpruner.cli import main
 from selfpruner.experiment import _Searches, cells_of
 from selfpruner.experiment_config import load_experiment
-from selfpruner.profiling import Detail
+from selfpruner.latency_table import Detail
 from selfpruner.progress import Progress
 
 

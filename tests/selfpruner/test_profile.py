@@ -18,9 +18,9 @@ from selfpruner import profile as profiles
 from selfpruner import profiling
 from selfpruner.cli import main
 from selfpruner.config import CONFIGS, load_config
-from selfpruner.latency_table import LatencyTable, Timing, Workload
+from selfpruner.latency_table import Detail, LatencyTable, Timing, Workload
 from selfpruner.profile import Profile, Row
-from selfpruner.profiling import Detail, random_plans
+from selfpruner.profiling import random_plans
 from selfpruner.progress import Progress
 from selfpruner.workbench import prepare
 

@@ -19,8 +19,8 @@ from pruning.plan import Grid, LayerPlan, Plan
 from pruning.shaping import shaped
 from pruning.slicing import layer_plan
 from selfpruner import profiling, stopwatch
-from selfpruner.latency_table import LatencyTable, Workload
-from selfpruner.profiling import Detail, cache_folder, known_table, measure, random_plans
+from selfpruner.latency_table import Detail, LatencyTable, Workload
+from selfpruner.profiling import cache_folder, known_table, measure, random_plans
 from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
 

@@ -18,7 +18,7 @@ from selfpruner.cli import main
 from selfpruner.config import load_config
 from selfpruner.finishing import best_on_fresh_tokens
 from selfpruner.front import front
-from selfpruner.profiling import Detail
+from selfpruner.latency_table import Detail
 from selfpruner.progress import Progress
 from selfpruner.results import Results
 from selfpruner.run_folder import RunFolder

@@ -264,6 +264,25 @@ def test_a_cache_too_small_for_a_plan_solves_every_cut_for_every_round(
     assert ratio() == pytest.approx(1, rel=0.05)
 
 
+@pytest.mark.parametrize("hardware", ["laptop-cpu", "a100-80gb"])
+def test_a_budget_of_time_begins_with_its_table(estimated: Estimating, hardware: str) -> None:
+    """Twice the tokens of a prefill take twice as long; decoding takes what a token takes."""
+    assert "latency table" not in [x.name for x in estimated(hardware=hardware).stages]
+    short, long, decode = (
+        seconds(
+            estimated(f"budget={{speedup: 1.2, {load}}}", config="llama2_7b", hardware=hardware),
+            "latency table",
+        )
+        for load in (
+            "phase: prefill, tokens: 2048",
+            "phase: prefill, tokens: 4096",
+            "phase: decode, tokens: 2048",
+        )
+    )
+    assert 1.9 < long / short < 2.3
+    assert 0 < decode < short
+
+
 def test_the_front_adds_its_effort(estimated: Estimating) -> None:
     plain_run = estimated("front.effort=0.5")
     with_front = estimated("front.effort=0.5", "front.targets=[0.9, 0.7, 0.5]")
