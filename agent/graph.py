@@ -42,7 +42,7 @@ class SearchResult:
 
     Attributes:
         best: the first of the candidates that have seen all sequences of their window.
-        finalists: the best ones, `best` first, for scoring on fresh tokens.
+        finalists: the best ones, `best` first, and the first plan of all: for fresh tokens.
         leaders: `(generation, candidate)`, the best one after each generation.
         generations: `{generation, best_fitness, accuracy, speedup}` of each generation's best.
         evaluations: distinct plans scored.
@@ -194,7 +194,7 @@ def _result(context: SearchContext, stopped: str) -> SearchResult:
     lines, charge = context.ledger.lines(), context.ledger.charged()
     accepted = sum(1 for x in lines if x.outcome == "accepted" and x.operator != "select")
     origins = Counter(x.origin for x in candidates)
-    finalists = standing.ranked(context, context.settings.finalists, complete=True)
+    finalists = standing.finalists(context)
     numbers = sorted({x.generation for x in candidates})
     best = {
         n: min(

@@ -158,7 +158,10 @@ class SearchSettings(BaseModel):
     max_rate: float = Field(0.9, gt=0, le=1, description="largest removed share of a block")
     shown: int = Field(3, ge=1, le=100, description="candidates listed in a prompt")
     finalists: int = Field(
-        3, ge=1, le=1000, description="best candidates handed back for scoring on fresh tokens"
+        3,
+        ge=1,
+        le=1000,
+        description="best candidates that are scored on fresh tokens, beside the first plan",
     )
 
     @property

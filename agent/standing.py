@@ -39,6 +39,16 @@ def ranked(
     return sorted(pool, key=lambda x: (places.get(x.id, NOT_FINITE), x.id))[:count]
 
 
+def finalists(context: SearchContext) -> list[Candidate]:
+    """Return the best candidates, and last the first plan of all where it is not among them.
+
+    They are scored on fresh tokens: a search that was misled ends no worse than it began.
+    """
+    best = ranked(context, context.settings.finalists, complete=True)
+    first = context.ledger.candidates()[0]
+    return best if first in best or not first.is_complete else [*best, first]
+
+
 def leaders(context: SearchContext) -> list[tuple[int, Candidate]]:
     """Return `(generation, candidate)`: the best complete one as it stood after each generation."""
     numbers = sorted({x.generation for x in context.ledger.candidates()})

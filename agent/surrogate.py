@@ -87,15 +87,21 @@ def surrogate(context: SearchContext, generation: int) -> Surrogate:
 
 
 def _fitted(context: SearchContext, generation: int) -> Surrogate:
-    past = [x for x in context.ledger.candidates() if x.generation < generation]
+    everyone = context.ledger.candidates()
+    past = [x for x in everyone if x.generation < generation]
     known = [x for x in past if x.fitness < NOT_FINITE][-_MOST:]
     one_window = context.settings.window is None
+    rows = [(x, float(x.charge), 0 if one_window else x.generation) for x in known]
+    # The plan that a window's plans were compared with has met its sequences, too.
+    numbers = {x.generation for x in known}
+    met = [x for x in context.ledger.anchors() if x.generation and x.generation in numbers]
+    rows += [(everyone[x.candidate], 1.0, x.generation) for x in met]
     return fit(
         loss_curves(context.sensitivity, context.probes),
-        [briefing.levels(context, x) for x in known],
-        [x.fitness for x in known],
-        [float(x.charge) for x in known],
-        [0 if one_window else x.generation for x in known],
+        [briefing.levels(context, x) for x, _, _ in rows],
+        [x.fitness for x, _, _ in rows],
+        [share for _, share, _ in rows],
+        [window for _, _, window in rows],
         _sampling_error(known),
     )
 

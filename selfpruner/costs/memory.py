@@ -202,7 +202,8 @@ class MemoryModel:
         data, search = self.config.data, self.config.search
         if self.caches_plans:
             return 0.0
-        plans = max(search.population * data.search.tokens, search.finalists * data.select.tokens)
+        finalists = search.finalists + 1  # and the first plan
+        plans = max(search.population * data.search.tokens, finalists * data.select.tokens)
         return self._stream(plans)
 
     @property

@@ -150,7 +150,7 @@ class RunStages:
         """Return the searches for further budgets."""
         targets = set(self.config.front.targets) - {self.config.budget.target}
         count = round(self.config.front.effort * self.evaluations) * len(targets)
-        select = self._select_tokens * self.config.search.finalists * len(targets)
+        select = self._select_tokens * self._finalists * len(targets)
         if not targets:
             return Stage("front", (), Memory())
         works = [
@@ -166,7 +166,7 @@ class RunStages:
     def select(self) -> Stage:
         """Return the finalists on fresh tokens, and what the refit is judged by there."""
         fresh = self._select_tokens
-        scored = min(self.config.search.finalists, self.evaluations)
+        scored = self._finalists
         scored += 2 * self.models if self.config.pruning.refit else 0
         works = [*self.scoring.references(fresh), *self.scoring.scores(scored, fresh)]
         works += self._read(self._cuts + self.dense.weight_bytes + self.memory.finished)
@@ -265,6 +265,11 @@ class RunStages:
         search = self.config.search
         searches = search.allocator in ("llm", "hybrid", *get_args(Operators))
         return search.evaluations if searches else 1
+
+    @property
+    def _finalists(self) -> int:
+        """Plans of a search that are scored on fresh tokens: the best ones and the first."""
+        return min(self.config.search.finalists + 1, self.evaluations)
 
     @property
     def export_bytes(self) -> float:

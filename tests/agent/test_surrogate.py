@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from agent import population, probes
+from agent.candidate import Candidate
 from agent.graph import run_search
 from agent.knapsack import knapsack
+from agent.ledger import Anchor
 from agent.loss_curves import Curves, loss_curves
 from agent.projection import Levels, Space
 from agent.settings import RacingSettings
@@ -177,6 +179,58 @@ def test_it_is_a_function_of_earlier_generations(scene: Scene, tmp_path: Path) -
         assert [first.predict(x) for x in plans] == [second.predict(x) for x in plans]
     late, early = surrogate(context, 3), surrogate(context, 1)
     assert [late.predict(x) for x in plans] != [early.predict(x) for x in plans]
+
+
+def _add(context: SearchContext, generation: int, levels: Levels, values: list[float]) -> None:
+    """Put a plan into the ledger that has these values on the window of its generation."""
+    plan = context.grid.plan(levels)
+    context.ledger.add_candidate(
+        Candidate(
+            id=len(context.ledger.candidates()),
+            generation=generation,
+            slot=0,
+            operator="generate",
+            origin="classical",
+            parents=(),
+            genotype=tuple((x.kv_groups, x.q_per_group, x.mlp_channels) for x in plan.layers),
+            key=plan.key,
+            scores={
+                "fitness": float(np.mean(values)),
+                "stderr": 0.0,
+                "sequences": 2,
+                "of": 2,
+                "values": values,
+            },
+            accuracy=None,
+            speedup=None,
+            tokens=0,
+            seconds=0.0,
+        )
+    )
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_generation_that_is_all_worse_than_the_first_plan_says_so(
+    scene: Scene, tmp_path: Path, is_known: bool
+) -> None:
+    """All of it cut one block; only beside the first plan does it show what that costs."""
+    context = scene(folder=tmp_path, window=2, allocator="guided")
+    start = context.first_plan
+    _add(context, 0, start, [1.0, 1.0])
+    assert start[2][1] >= 2
+    cut = [list(pair) for pair in start]
+    cut[2][1] -= 2
+    plans = []
+    for layer in (0, 1, 3):
+        others = [list(pair) for pair in cut]
+        others[layer][1] += 1
+        plans.append([(a, m) for a, m in others])
+        _add(context, 1, plans[-1], [1.4, 1.4])
+    if is_known:
+        context.ledger.add_anchor(Anchor(1, 0, (2, 3), (1.0, 1.0), 2))
+    found = surrogate(context, 2)
+    ratio = np.mean([found.predict(x) for x in plans]) / found.predict(start)
+    assert (ratio > 1.2) == is_known
 
 
 def test_probes_tell_what_cut_errors_do_not(scene: Scene, tmp_path: Path) -> None:

@@ -189,6 +189,16 @@ def test_leaders_are_known_after_every_generation(windowed: Scene, tmp_path: Pat
     assert result.lowest_fitness == min(x.fitness for x in context.ledger.candidates())
 
 
+def test_the_first_plan_is_a_finalist_wherever_it_stands(windowed: Scene, tmp_path: Path) -> None:
+    for noise in (0.0, 0.5):
+        folder = tmp_path / str(noise)
+        folder.mkdir()
+        context = windowed(allocator="guided", noise=noise, folder=folder)
+        found = run(context, folder).finalists
+        assert sum(x.id == 0 for x in found) == 1
+        assert list(found[:3]) == ranked(context, 3, complete=True)
+
+
 def test_without_windows_candidates_stand_by_their_fitness(scene: Scene, tmp_path: Path) -> None:
     context = scene(allocator="genetic")
     run_search(context, tmp_path / "checkpoints.sqlite")
