@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 10_000
+_DIGITS = 9  # of a bound in percentage points
 EXACT_UNITS = 16  # 65,536 sign patterns: all of them are tried
 
 
@@ -49,7 +50,8 @@ def compare(
     if not steps:
         raise ValueError("compare: got no task, need at least one")
     means = _bootstrap_means(list(steps.values()), np.random.default_rng(seed), resamples)
-    low, high = np.percentile(100 * means, [2.5, 97.5])
+    # Gains and losses that cancel leave rounding, which is no side of zero.
+    low, high = np.percentile(100 * means, [2.5, 97.5]).round(_DIGITS) + 0.0
     return Difference(
         points=100 * float(np.mean([step.mean() for step in steps.values()])),
         ci95=(float(low), float(high)),

@@ -64,6 +64,18 @@ def test_interval_has_the_width_of_the_paired_standard_error() -> None:
     assert high - low == pytest.approx(2 * 1.96 * 100 * math.sqrt(variance), rel=0.05)
 
 
+@pytest.mark.parametrize(("seed", "side"), [(68, 0), (193, 1), (213, 1)])
+def test_a_bound_of_zero_is_zero(seed: int, side: int) -> None:
+    """Sums over tasks that cancel but for rounding would call a difference resolved."""
+    rng = np.random.default_rng(seed)
+    dense = {f"t{i}": rng.integers(0, 2, 10).tolist() for i in range(7)}
+    pruned = {
+        name: [x if rng.random() < 0.8 else int(rng.random() < 0.35) for x in items]
+        for name, items in dense.items()
+    }
+    assert compare(dense, pruned, resamples=400).ci95[side] == 0
+
+
 def test_seed_fixes_the_interval() -> None:
     dense, pruned = {"a": [1, 0, 1, 1, 0]}, {"a": [0, 0, 1, 0, 1]}
     assert compare(dense, pruned, seed=5) == compare(dense, pruned, seed=5)
