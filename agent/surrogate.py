@@ -4,7 +4,8 @@ Pruning losses are taken as additive: a plan's is the sum over blocks of scale_b
 loss_b the curves of `loss_curves`. Additivity fails where much is cut (EvoPress, arXiv 2410.14649,
 table 1), so the scales are learned from what is scored: plans of one generation have seen the same
 sequences, and how much each departs from their mean is what a Bayesian linear regression explains.
-Levels of whole generations say more of their sequences than of their plans and are left out.
+Levels of whole generations say more of their sequences than of their plans and are left out; what a
+generation has in common shows beside the plan that its window was compared with, which is one more.
 In windows what it predicts also helps to say where a scored plan stands (`agent.standing`).
 Shapes: N plans, B blocks.
 """
@@ -92,10 +93,9 @@ def _fitted(context: SearchContext, generation: int) -> Surrogate:
     known = [x for x in past if x.fitness < NOT_FINITE][-_MOST:]
     one_window = context.settings.window is None
     rows = [(x, float(x.charge), 0 if one_window else x.generation) for x in known]
-    # The plan that a window's plans were compared with has met its sequences, too.
-    numbers = {x.generation for x in known}
-    met = [x for x in context.ledger.anchors() if x.generation and x.generation in numbers]
-    rows += [(everyone[x.candidate], 1.0, x.generation) for x in met]
+    numbers = {x.generation for x in known if x.generation}
+    met = [(everyone[x.candidate], 1.0, x.generation) for x in context.ledger.anchors()]
+    rows += [x for x in met if x[2] in numbers and x[0].fitness < NOT_FINITE]
     return fit(
         loss_curves(context.sensitivity, context.probes),
         [briefing.levels(context, x) for x, _, _ in rows],
