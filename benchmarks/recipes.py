@@ -76,16 +76,7 @@ def main() -> None:
     parser.add_argument("--streamed", action="store_true")
     options = parser.parse_args()
     settle_process(streaming=options.streamed)
-    own = STREAMED if options.streamed else {}
-    configs = {
-        (row, share): _scaled(
-            partial(_config, model=options.model, root=options.data_root),
-            {**ROWS[row], **own, "budget.parameters": share},
-            options.scale,
-        )
-        for row in dict.fromkeys((DEFAULT, *options.rows))
-        for share in options.shares
-    }
+    configs = _configs(options)
     cells = [
         {
             "texts": "passages" if options.data_root is None else "c4, wikitext2",
@@ -112,6 +103,17 @@ def main() -> None:
             return _figures(arena(_shared(config)).proposing(config), progress)
 
         print(_table(run_cells(RESULTS, cells, figures)))
+
+
+def _configs(options: argparse.Namespace) -> dict[tuple[str, float], RunConfig]:
+    """Return the configuration of every row and share that is asked for."""
+    make = partial(_config, model=options.model, root=options.data_root)
+    own = STREAMED if options.streamed else {}
+    return {
+        (row, share): _scaled(make, {**ROWS[row], **own, "budget.parameters": share}, options.scale)
+        for row in dict.fromkeys((DEFAULT, *options.rows))
+        for share in options.shares
+    }
 
 
 def _config(

@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from langgraph.runtime import RunControl
 
+from pruning.elastic import ElasticModel
+from pruning.elastic_layerwise import LayerwiseElastic
 from pruning.plan import LayerPlan, Plan
 from selfpruner.arena import Arena
 from selfpruner.blocks import blocks
@@ -89,6 +91,16 @@ def test_processes_score_as_one_does(opened: tuple[Arena, RunFolder], plans_of: 
         assert np.array_equal(shared(plans, sequences), arena.score(plans, sequences))
         assert np.array_equal(shared(plans[:1], range(8)), arena.score(plans[:1], range(8)))
         assert shared([], sequences).shape == (0, 5)
+
+
+def test_a_model_that_goes_layer_by_layer_scores_the_empty_block_of_a_worker_that_opens(
+    opened: tuple[Arena, RunFolder],
+) -> None:
+    arena = opened[0]
+    assert isinstance(arena.score, Fitness)
+    assert isinstance(arena.prunable, ElasticModel)
+    layerwise = arena.score.of(LayerwiseElastic(arena.prunable, 2))
+    assert layerwise([], []).shape == (0, 0)
 
 
 def test_a_worker_that_ranks_otherwise_is_refused(
