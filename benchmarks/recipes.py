@@ -149,7 +149,7 @@ def _shared(config: RunConfig) -> str:
     """Return what rows have in common that rank and judge alike, as JSON."""
     same = {
         "budget": BudgetSettings(parameters=SHARES[0]),
-        "search": SearchSettings(),
+        "search": SearchSettings(allocator="uniform"),  # of no LLM, which a streamed model forbids
         "driver": DriverSettings(),
     }
     return config.model_copy(update=same).model_dump_json()

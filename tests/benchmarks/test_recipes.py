@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import recipes
 from selfpruner.cells import Row
+from selfpruner.config import RunConfig
 
 
 def _row(name: str, share: float, losses: list[float]) -> Row:
@@ -48,3 +49,11 @@ def test_every_row_is_a_sound_configuration(row: str) -> None:
     assert [x.tokens for x in less.data.report] == [8192]
     assert less.search.evaluations == config.search.evaluations / 4
     assert less.pruning == config.pruning
+
+
+@pytest.mark.parametrize("row", ["best", "flap", *recipes.UNIFORM])
+def test_rows_share_one_arena_that_may_be_streamed(row: str) -> None:
+    settings = recipes.ROWS[row] | recipes.STREAMED | {"budget.parameters": 0.5}
+    shared = RunConfig.model_validate_json(recipes._shared(recipes._config(settings)))
+    assert shared.memory == "streamed"
+    assert not shared.search.asks_llm
