@@ -11,7 +11,7 @@ from typing import Any
 
 from agent.candidate import Candidate
 
-ORDER = ("generate", "select", "crossover", "mutate")
+ORDER = ("select", "generate", "crossover", "mutate")  # within a generation
 
 
 @dataclass(frozen=True)

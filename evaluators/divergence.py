@@ -32,7 +32,10 @@ class DenseReference:
         self._neg_entropy_N = torch.cat(neg_entropy)
 
     def kl(self, hidden_ND: Tensor) -> Tensor:
-        """Return KL(dense || pruned) in nats at each position (N,), >= 0 up to rounding."""
+        """Return KL(dense || pruned) in nats at each position (N,), >= 0 up to rounding.
+
+        In bfloat16 the logits are rounded: a position may come out at -0.1, means are unbiased.
+        """
         log_z = log_partition(hidden_ND, self._head)
         cross = (_accurate(hidden_ND) * self._expected_ND).sum(-1)
         return self._neg_entropy_N - cross + log_z
@@ -78,7 +81,7 @@ def negative_log_likelihood(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tenso
 
 
 def log_partition(hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
-    """Return log sum_v exp(E h)_v at each position (N,), in float32 or better."""
+    """Return log sum_v exp(E h)_v at each position (N,): of logits in the model's dtype."""
     return torch.cat([_chunk_partition(x, head_VD) for x in hidden_ND.split(CHUNK)])
 
 

@@ -174,7 +174,8 @@ def file_bytes(source: Source) -> int | None:
             return None
         path = Path(config).parent
     files = [*path.glob("*.safetensors")] or [*path.glob("*.bin")]
-    return sum(x.stat().st_size for x in files)
+    twice = "consolidated"  # the same weights again, in the format of another program
+    return sum(x.stat().st_size for x in files if not x.name.startswith(twice))
 
 
 class _Comparison:

@@ -97,8 +97,6 @@ def clock(device: torch.device) -> float:
     """Return the time in seconds, once the device has finished what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
     return time.perf_counter()
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -26,15 +24,3 @@ class Metric:
     n: int
     unit: str
     higher_is_better: bool
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns a dictionary of plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Metric:
-        """Returns the metric that `to_json` described; unknown or missing keys are errors."""
-        names = set(cls.__dataclass_fields__)
-        if set(data) != names:
-            raise ValueError(f"metric: got keys {sorted(data)}, allowed exactly {sorted(names)}")
-        return cls(**data)

@@ -190,8 +190,9 @@ class ElasticLayer:
     def cut_errors(self, grid: Grid) -> tuple[list[float], list[float]]:
         """Return the relative error of every attention level and MLP level of `grid`.
 
-        Expected squared output error per token over the median energy of the residual stream
-        the block writes to: comparable across layers and blocks, 0 at the dense level.
+        Expected squared output error per token (under least squares an upper bound of it) over
+        the median energy of the residual stream the block writes to: comparable across layers and
+        blocks, 0 at the dense level.
         """
         attention, mlp = self._attention.errors(), self._mlp.errors()
         widths = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from pruning.streaming import LayerWriter, StreamedLayers, is_streamed, layer_te
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def export(
@@ -30,6 +31,7 @@ def export(
         OSError: the folder cannot be written.
     """
     cast_parameters(model, dtype)
+    model.generation_config = _savable(model.generation_config)
     if not is_stock(model):
         name = type(model).__name__
         module = "modeling_pruned"
@@ -47,6 +49,19 @@ def export(
     if not is_stock(model):
         shutil.copyfile(str(modeling_pruned.__file__), folder / "modeling_pruned.py")
     return model
+
+
+def _savable(config: GenerationConfig) -> GenerationConfig:
+    """Return how to generate, sampling where sampling is described: without, none can be saved.
+
+    Vicuna's, among others, names a temperature but not `do_sample`; transformers loads that.
+    """
+    found = copy.deepcopy(config)
+    try:
+        found.validate(strict=True)
+    except ValueError:
+        found.do_sample = True
+    return found
 
 
 def _save_held(model: PreTrainedModel, folder: Path) -> None:

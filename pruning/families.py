@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from pruning.architecture import Architecture
+
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,6 @@ class Family:
             ValueError: the sequences are longer than a sliding attention window, which the
                 layer-by-layer forward pass does not model.
         """
-        import torch
-
         length = hidden_BTD.shape[1]
         window = getattr(model.config, "sliding_window", None)
         if window is not None and length > int(str(window)):
@@ -99,8 +100,14 @@ def family_of(model: nn.Module) -> tuple[Family, Architecture]:
     """Return the adapter and the architecture of a loaded model.
 
     Raises:
-        ValueError: the family is not supported.
+        ValueError: the family is not supported, or the weights are packed: quantised.
     """
+    for name, parameter in model.get_submodule("model.layers").named_parameters():
+        if parameter.dtype not in _PLAIN:
+            raise ValueError(
+                f"model: its weights are quantised (layer {name} is {parameter.dtype}); "
+                "allowed: a checkpoint in float32, bfloat16 or float16"
+            )
     architecture = Architecture.from_config(model.config.to_dict())  # type: ignore[operator, union-attr]
     return FAMILIES[architecture.family], architecture
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 FileType = Literal["f32", "f16", "q8_0"]
 
 _FREQUENCIES = "rope_freqs.weight"
+_COMPUTED = "rotary_emb.inv_freq"  # stored by some older checkpoints, read by nobody
 _BLOCK = 32  # values that share a scale in Q8_0
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
 
@@ -204,7 +205,8 @@ def _tensors(config: PreTrainedConfig, weights: Shards, shape: Shape) -> Iterato
                 weights.shape(full)  # raises where it is missing
                 used.add(full)
                 yield _Tensor(f"{name}.{part}", full, rotary_heads.get(name, 0))
-    if homeless := sorted(set(weights) - used):
+    homeless = sorted(x for x in set(weights) - used if not x.endswith(_COMPUTED))
+    if homeless:
         raise ValueError(f"safetensors: a GGUF file has no place for the tensor {homeless[0]}")
 
 

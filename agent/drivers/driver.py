@@ -85,10 +85,10 @@ class Driver(Protocol):
         """Yield every try as it ends, in any order; the last one of each request has a text.
 
         A failed try of request i may be followed by another one only if `may_retry(i)`, asked
-        after that failed try was yielded, is true; a request refused so ends with its failure.
+        after that failed try was yielded, is true; a request refused so ends with its failure, and
+        so does one that no try can answer though the driver is well.
 
         Raises:
-            ValueError: a prompt and its longest reply do not fit into the model's context.
             DriverError: no further try would help; the batch's other tries were yielded.
         """
         ...

@@ -14,6 +14,8 @@ from jinja2.exceptions import TemplateError
 from agent.drivers.decoding import Row, decode
 from agent.drivers.driver import Completion, MayRetry, Message, Request
 
+_LEAST_REPLY = 16  # tokens of the context; a prompt that leaves fewer is not answered
+
 
 class EmbeddedDriver:
     """Batched sampling with left padding, one compiled grammar and one random stream a request.
@@ -39,17 +41,20 @@ class EmbeddedDriver:
         self._grammars: dict[str, Any] = {}
 
     def complete(self, requests: Sequence[Request], may_retry: MayRetry) -> Iterator[Completion]:
-        """Yield one completion for each request, in order, batch by batch; no try fails.
+        """Yield one completion for each request, batch by batch.
 
-        Raises:
-            ValueError: a prompt and its longest reply do not fit into the model's context.
+        A reply ends where the model's context does. A prompt is never truncated: one that leaves
+        too little of the context fails, and no other try would help it.
         """
         del may_retry
         prompts = [self._tokens(x) for x in requests]
-        for start in range(0, len(requests), self._batch):
-            end = start + self._batch
-            batch = self._complete_batch(requests[start:end], prompts[start:end])
-            yield from (replace(x, request=start + x.request) for x in batch)
+        fitting = [i for i, prompt in enumerate(prompts) if self._room(prompt) >= _LEAST_REPLY]
+        for i in sorted(set(range(len(requests))) - set(fitting)):
+            yield self._too_long(i, len(prompts[i]))
+        for start in range(0, len(fitting), self._batch):
+            asked = fitting[start : start + self._batch]
+            batch = self._complete_batch([requests[i] for i in asked], [prompts[i] for i in asked])
+            yield from (replace(x, request=asked[x.request]) for x in batch)
 
     def close(self) -> None:
         """Do nothing: the model belongs to whoever gave it."""
@@ -61,13 +66,13 @@ class EmbeddedDriver:
         rows = [
             Row(
                 self._stops,
-                x.max_tokens,
+                min(x.max_tokens, self._room(prompt)),
                 temperature=x.temperature,
                 seed=x.seed,
                 matcher=self._matcher(x),
                 encode=self._encode,
             )
-            for x in requests
+            for x, prompt in zip(requests, prompts, strict=True)
         ]
         decode(self._model, prompts, rows, pad=self._stops[0])
         seconds = (time.perf_counter() - began) / len(requests)
@@ -84,17 +89,18 @@ class EmbeddedDriver:
         ]
 
     def _tokens(self, request: Request) -> list[int]:
-        """Return the prompt's tokens, which are never truncated."""
         text = _rendered(self._tokenizer, request.messages)
         has_template = self._tokenizer.chat_template is not None
-        ids = list(self._tokenizer(text, add_special_tokens=not has_template)["input_ids"])
+        return list(self._tokenizer(text, add_special_tokens=not has_template)["input_ids"])
+
+    def _room(self, prompt: Sequence[int]) -> int:
+        """Return the tokens of the context that a prompt leaves for its reply."""
+        return int(self._model.config.max_position_embeddings) - len(prompt)
+
+    def _too_long(self, number: int, tokens: int) -> Completion:
         context = int(self._model.config.max_position_embeddings)
-        if len(ids) + request.max_tokens > context:
-            raise ValueError(
-                f"driver {self._name}: prompt of {len(ids)} tokens and driver.max_tokens "
-                f"{request.max_tokens} exceed its context of {context}"
-            )
-        return ids
+        reason = f"a prompt of {tokens} tokens leaves no room for a reply in a context of {context}"
+        return Completion(number, None, 0, 0, 0.0, self._name, failure=reason)
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -29,7 +29,10 @@ class Correction(Protocol):
         """Return the weight (O, kept) and the bias (O,), or None for no bias, in float32."""
 
     def errors(self) -> Tensor:
-        """Return E|y - y_k|^2 per token for k = 0..N (N + 1,), float64; the last is 0."""
+        """Return E|y - y_k|^2 per token for k = 0..N (N + 1,), float64; the last is 0.
+
+        Least squares returns an upper bound of it.
+        """
 
 
 class NoCorrection:
@@ -105,7 +108,11 @@ class LeastSquaresCorrection:
         return weight, mean_output - weight @ mean[:kept]
 
     def errors(self) -> Tensor:
-        """Return the damped residual of every cut: the energy of the columns of M beyond k."""
+        """Return the damped residual of every cut: the energy of the columns of M beyond k.
+
+        It is the error and lambda (|W_k - W_:k|^2 + |W_k:|^2): an upper bound, at a ridge of 0.1
+        one to four times the error in most blocks of a real model, more in its first and last MLP.
+        """
         return self._kept["errors"]
 
 

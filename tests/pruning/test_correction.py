@@ -102,7 +102,7 @@ def test_single_precision_is_good_enough() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_errors_are_the_expected_output_errors(name: str) -> None:
+def test_errors_are_the_expected_output_errors_and_what_damping_adds(name: str) -> None:
     """Every cut, the empty one and the full one included."""
     x, weight = _data()
     ridge = 0.05

@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from pruning.export import export
@@ -285,3 +286,14 @@ def test_damaged_folders_are_refused(exported: Any, tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(ValueError, match=r"no model\.safetensors"):
         write_gguf(folder, tmp_path / "x.gguf")
+
+
+def test_stored_rotary_frequencies_are_left_out(exported: Any, tmp_path: Path) -> None:
+    """Checkpoints of the first Llama 2 bring them; everybody computes them."""
+    exported("llama", UNEVEN, "none")
+    write_gguf(tmp_path / "model", tmp_path / "one.gguf", "f32")
+    file = tmp_path / "model" / "model.safetensors"
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(load_file(file) | old, file, metadata={"format": "pt"})
+    write_gguf(tmp_path / "model", tmp_path / "two.gguf", "f32")
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()

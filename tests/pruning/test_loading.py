@@ -13,7 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from pruning import loading
 from pruning.export import export
-from pruning.loading import architecture_of, load, locate
+from pruning.families import family_of
+from pruning.loading import architecture_of, load, load_streamed, locate
 from pruning.plan import Plan
 from pruning.slicing import sliced
 
@@ -156,3 +157,25 @@ def test_architecture_needs_no_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     architecture = architecture_of(str(folder))
     assert (architecture.layers, architecture.hidden, architecture.kv_heads) == (3, 64, 4)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_sampling_configuration_that_cannot_be_saved_is_mended(
+    folder: Path, tmp_path: Path, streamed: bool
+) -> None:
+    """As Vicuna's: a temperature without `do_sample`, which loads with a warning."""
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({"temperature": 0.9, "top_p": 0.6}))
+    model, tokenizer = (load_streamed if streamed else load)(str(folder), torch.float32)
+    export(model, tokenizer, tmp_path / "saved", torch.float32)
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert (saved["do_sample"], saved["temperature"], saved["top_p"]) == (True, 0.9, 0.6)
+
+
+def test_packed_weights_are_refused(make_model: Any) -> None:
+    model = make_model("llama", dtype=torch.float32)
+    up = model.model.layers[1].mlp.up_proj
+    up.weight.data = up.weight.data.to(torch.float8_e4m3fn)
+    message = r"quantised \(layer 1\.mlp\.up_proj\.weight is torch\.float8_e4m3fn\)"
+    with pytest.raises(ValueError, match=message):
+        family_of(model)

@@ -123,3 +123,10 @@ def test_statistics_leave_the_model_alone(
     _streamed(model, tokens, 2)
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert torch.equal(model(tokens).logits, before)
+
+
+def test_activations_that_overflow_are_refused(make_model: Any, make_tokens: Any) -> None:
+    model = make_model("llama", dtype=torch.float16)
+    model.model.layers[1].mlp.up_proj.weight.data.fill_(6e4)
+    with pytest.raises(ValueError, match="activations are not finite; try dtype: float32"):
+        _streamed(model, make_tokens(2, 8), 2)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
 from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import PreTrainedModel
 
 from pruning import elastic
 from pruning.elastic_layerwise import LayerwiseElastic
+from pruning.export import export
+from pruning.loading import load
 from selfpruner.config import load_config
 from selfpruner.costs import memory
 from selfpruner.costs.memory import MemoryModel
 from selfpruner.costs.work import Running
 from selfpruner.progress import Progress
+from selfpruner.run_folder import RunFolder
 from selfpruner.workbench import prepare, rank
 
 # Output projections of a dense plan: three layers, 32 + 48 columns of 32 numbers in float32.
@@ -44,3 +52,22 @@ def test_cuts_that_take_solving_and_do_not_fit_go_layer_by_layer(
     assert isinstance(prunable, LayerwiseElastic) is layerwise
     running = Running(bench.architecture, "float32")
     assert MemoryModel(config, running, running, 1).caches_plans is not layerwise
+
+
+@pytest.mark.parametrize("memory", ["whole", "streamed"])
+def test_reported_texts_beyond_the_window_are_refused_before_the_search(
+    tiny_run: Path, make_model: Callable[[str], PreTrainedModel], tmp_path: Path, memory: str
+) -> None:
+    """A streamed run judges layer by layer, which knows no window; one in memory knows it."""
+    model = make_model("mistral")
+    model.config.sliding_window = 16
+    tokenizer = load(str(tiny_run.parent / "tiny"), torch.float32)[1]
+    export(model, tokenizer, tmp_path / "m", model.dtype)
+    source = tiny_run.parent / "text.jsonl"
+    report = json.dumps([{"source": str(source), "tokens": 64, "length": 32}])
+    settings = [f"memory={memory}", f"data.report={report}"]
+    config = load_config(tiny_run, model=str(tmp_path / "m"), settings=settings)
+    folder = RunFolder.create(tmp_path / "run", config)
+    message = r"data\.report\.0\.length: got 32 tokens, this model attends within a window of 16"
+    with pytest.raises(ValueError, match=message) if memory == "streamed" else nullcontext():
+        prepare(config, Progress(StringIO()), folder)

@@ -188,9 +188,21 @@ def test_free_text_needs_no_schema(model: LlamaForCausalLM) -> None:
     assert 0 <= reply.completion_tokens <= 20
 
 
-def test_a_prompt_is_never_truncated(model: LlamaForCausalLM) -> None:
-    with pytest.raises(ValueError, match=r"prompt of \d+ tokens and driver.max_tokens 200 exceed"):
-        answers(driver_of(model), [request("x" * 400)])
+def test_a_prompt_without_room_for_a_reply_fails_alone(model: LlamaForCausalLM) -> None:
+    asked = [request("x" * 600), request()]
+    failed, answered = sorted(answers(driver_of(model), asked), key=lambda x: x.request)
+    assert failed.text is None
+    assert failed.tokens == 0
+    assert failed.failure.endswith("leaves no room for a reply in a context of 512")
+    assert answered.text == answers(driver_of(model), [request()])[0].text
+
+
+def test_a_reply_ends_where_the_context_does(model: LlamaForCausalLM) -> None:
+    asked = request("x" * 400, schema={}, max_tokens=200)
+    reply = answers(driver_of(model), [asked])[0]
+    assert reply.text is not None
+    assert 0 < reply.completion_tokens < 200
+    assert reply.tokens <= 512
 
 
 def test_templates_without_a_system_role_get_it_in_the_first_message(
