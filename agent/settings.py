@@ -197,6 +197,16 @@ class SearchSettings(BaseModel):
             )
         if self.crossover + self.mutate == 0:
             raise ValueError("search.mutate: got 0 with crossover 0, one of them must be above 0")
+        if self.mutate == 0 and self.population == 1:
+            raise ValueError(
+                "search.population: got 1, allowed with mutate 0: at least two parents"
+            )
+        begun = int(self.seed_plan) + len(self.starts)
+        if begun > self.population:
+            raise ValueError(
+                f"search.population: got {self.population}, allowed with seed_plan "
+                f"{self.seed_plan} and {len(self.starts)} starts: at least {begun}"
+            )
         return self
 
 
@@ -268,6 +278,10 @@ class Endpoint(BaseModel):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("allowed: an http or https address")
+        try:
+            _ = parts.port
+        except ValueError as error:
+            raise ValueError(f"allowed after the host: a port; {error}") from None
         if parts.username or parts.password or parts.query:
             raise ValueError("a key does not belong into the address; name it in key_variable")
         return url
@@ -298,6 +312,13 @@ class DriverSettings(Endpoint):
         "stop",
         description="when all drivers gave up: stop, to be resumed, or go on without an LLM",
     )
+
+    @field_validator("fallbacks")
+    @classmethod
+    def _each_answers(cls, fallbacks: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
+        if any(x.kind == "none" for x in fallbacks):
+            raise ValueError("kind none answers nothing; driver.when_down: classical goes on so")
+        return fallbacks
 
     @property
     def chain(self) -> tuple[Endpoint, ...]:

@@ -23,9 +23,11 @@ def check_drivers(chain: Sequence[Endpoint]) -> None:
     """Refuse drivers that cannot be opened, before anything is computed.
 
     Raises:
-        ValueError: a recording or the program of a vLLM server is not there; one line.
+        ValueError: a model, a recording or the program of a vLLM server is not there; one line.
     """
     for settings in chain:
+        if settings.kind in ("embedded", "vllm") and settings.model is not None:
+            _check_model(settings.model)
         if settings.kind == "replay" and not Path(str(settings.recording)).is_file():
             raise ValueError(f"driver.recording: {settings.recording}: no such file")
         if settings.kind == "vllm" and not shutil.which(settings.python or "vllm"):
@@ -34,6 +36,15 @@ def check_drivers(chain: Sequence[Endpoint]) -> None:
                 f"driver.python: {wanted}: no such program; `make venv-vllm` builds an "
                 "environment with vLLM, driver.python is its interpreter"
             )
+
+
+def _check_model(name: str) -> None:
+    from pruning.loading import locate
+
+    try:
+        locate(name)
+    except ValueError as error:
+        raise ValueError(f"driver.{error}") from None
 
 
 def open_driver(
@@ -46,7 +57,7 @@ def open_driver(
         "vllm": lambda x: _vllm(bench, folder, progress, x),
         "replay": _replay,
     }
-    return ChainDriver([partial(kinds[x.kind], x) for x in chain])
+    return ChainDriver([partial(kinds[x.kind], x) for x in chain], chain)
 
 
 def _embedded(bench: Workbench, settings: Endpoint) -> Driver:

@@ -136,6 +136,7 @@ def narrator(
     `done`: full evaluations that the bar shows already.
     """
     now = done
+    told = set[str]()  # reasons why the LLM is down
 
     def tell(event: Event) -> None:
         nonlocal done, now
@@ -146,7 +147,8 @@ def narrator(
             done = now
         if event["kind"] == "llm" and event["outcome"].startswith(("failed", "skipped")):
             progress.note(f"LLM call of generation {event['generation']}: {event['outcome']}")
-        elif event["kind"] == "down":
+        elif event["kind"] == "down" and event["reason"] not in told:
+            told.add(event["reason"])
             progress.note(f"no LLM from here on: {event['reason']}")
         elif event["kind"] == "generation":
             progress.note(_generation(event))

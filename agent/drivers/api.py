@@ -18,7 +18,7 @@ from agent.drivers.failure import CallError, blot, failure_of, wait_seconds
 from agent.settings import Endpoint
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
-_BYTES_PER_TOKEN = 4  # of English text; used only where no usage came back
+_BYTES_PER_TOKEN = 2  # of texts full of numbers; used only where no usage came back
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class ApiDriver:
         prompt, completion = reply.prompt_tokens, reply.completion_tokens
         estimated = prompt is None or completion is None
         if prompt is None or completion is None:
-            prompt = _prompt_tokens(sent.request)
+            prompt = _prompt_bytes(sent.request) // _BYTES_PER_TOKEN + 1
             completion = min(
                 len(reply.text.encode(errors="replace")) // _BYTES_PER_TOKEN + 1,
                 sent.request.max_tokens,
@@ -178,7 +178,7 @@ class ApiDriver:
 
     def _failed(self, sent: _Try, error: CallError) -> Completion:
         """Charge the most that the endpoint may have done, unless it surely did nothing."""
-        tokens = (_prompt_tokens(sent.request), sent.request.max_tokens)
+        tokens = (_prompt_bytes(sent.request), sent.request.max_tokens)
         spent = tokens if error.may_cost else (0, 0)
         return self._completion(sent, None, spent, error.may_cost, error.reason)
 
@@ -219,6 +219,6 @@ def _key(variable: str) -> str:
     return key
 
 
-def _prompt_tokens(request: Request) -> int:
-    size = sum(len(m["content"].encode(errors="replace")) for m in request.messages)
-    return size // _BYTES_PER_TOKEN + 1
+def _prompt_bytes(request: Request) -> int:
+    """Return the bytes of a prompt's words: a token is at least one."""
+    return sum(len(m["content"].encode(errors="replace")) for m in request.messages)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from agent.drivers.driver import Completion, Driver, DriverError, MayRetry, Request
+from agent.settings import Endpoint
 
 Open = Callable[[], Driver]
 
@@ -13,9 +14,13 @@ Open = Callable[[], Driver]
 class ChainDriver:
     """Opens a driver when it is first needed; one that gave up is not asked again."""
 
-    def __init__(self, openers: Sequence[Open]) -> None:
-        """Take what opens each driver, in order, at least one; each may raise DriverError."""
-        self._openers = list(openers)
+    def __init__(self, openers: Sequence[Open], endpoints: Sequence[Endpoint] = ()) -> None:
+        """Take what opens each driver, in order, at least one; each may raise DriverError.
+
+        `endpoints` say how each of them samples, and bound its replies; without them all do as
+        the requests ask.
+        """
+        self._openers, self._endpoints = list(openers), list(endpoints)
         self._driver: Driver | None = None
         self._reasons: list[str] = []
 
@@ -36,7 +41,7 @@ class ChainDriver:
                 if not left:
                     return
                 asked = list(left)
-                batch = [requests[i] for i in asked]
+                batch = [self._as_it_samples(requests[i]) for i in asked]
                 # Bound now: the driver ends with this round.
                 for completion in driver.complete(batch, _renumbered(permit, asked)):
                     number = asked[completion.request]
@@ -61,10 +66,18 @@ class ChainDriver:
             self._driver = self._openers[0]()
         return self._driver
 
+    def _as_it_samples(self, request: Request) -> Request:
+        """Return a request as the endpoint in charge takes it."""
+        if not self._endpoints:
+            return request
+        longest = min(request.max_tokens, self._endpoints[0].max_tokens)
+        return replace(request, max_tokens=longest, temperature=self._endpoints[0].temperature)
+
     def _give_up(self, reason: str) -> None:
         self.close()
         self._reasons.append(reason)
         self._openers.pop(0)
+        self._endpoints = self._endpoints[1:]
         self._driver = None
 
 

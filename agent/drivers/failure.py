@@ -13,6 +13,7 @@ import openai
 from tenacity import RetryCallState, wait_random_exponential
 
 _PASSING = (408, 409, 429)
+_OVERDUE = (408, 504)  # the endpoint may have worked on it until then
 _REFUSALS = (400, 404, 415, 422, 501)
 _SHOWN = 200
 _backoff = wait_random_exponential(multiplier=0.5, max=30)
@@ -55,6 +56,7 @@ def failure_of(error: Exception, key: str) -> CallError:
         return CallError(
             f"{status}: {words}",
             may_pass=status in _PASSING or (status >= 500 and status != 501),
+            may_cost=status in _OVERDUE,
             is_refusal=status in _REFUSALS,
             delay=retry_after(error.response.headers),
         )

@@ -25,6 +25,8 @@ from agent.settings import DriverSettings, RacingSettings, SearchSettings
         {"min_rate": 0.5, "max_rate": 0.4},
         {"crossover": 0, "mutate": 0},
         {"evaluations": 0},
+        {"population": 1, "mutate": 0},
+        {"population": 2, "starts": ("uniform", "knapsack")},
     ],
 )
 def test_search_settings_refuse(values: dict[str, Any]) -> None:

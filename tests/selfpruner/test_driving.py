@@ -16,6 +16,7 @@ DEMO = CONFIGS / "demo.yaml"
     ("settings", "message"),
     [
         ({"kind": "replay", "recording": "gone.jsonl"}, r"driver\.recording: gone\.jsonl: no such"),
+        ({"kind": "embedded", "model": "gone"}, r"driver\.model: unknown model 'gone'"),
         ({"kind": "vllm", "python": "gone/python"}, r"driver\.python: gone/python: no such.*venv"),
     ],
 )
@@ -52,6 +53,9 @@ def test_a_name_is_hidden_only_where_it_is_told() -> None:
         ("driver.api_key=sk-secret", "unknown key driver.api_key"),
         ("driver.price={prompt: -1}", "driver.price.prompt: got -1"),
         ("driver.fallbacks=[{kind: api}]", "driver.base_url: missing"),
+        ("driver.fallbacks=[{kind: none}]", "driver.fallbacks: kind none answers nothing"),
+        ("driver.base_url=http://host:port/v1", "driver.base_url: allowed after the host: a port"),
+        ("driver.base_url=https://host:8000v1", "driver.base_url: allowed after the host: a port"),
     ],
 )
 def test_a_wrong_driver_is_one_line_without_its_key(setting: str, message: str) -> None:

@@ -225,3 +225,24 @@ def test_a_search_goes_from_one_endpoint_to_the_next(
     answered = {(x.generation, x.slot, x.attempt) for x in by["one"] if x.reply is not None}
     assert not answered & {(x.generation, x.slot, x.attempt) for x in by["two"]}
     assert (result.evaluations, result.stopped) == (40, "evaluations")
+
+
+def test_each_driver_samples_as_its_own_endpoint_says() -> None:
+    asked: list[Request] = []
+
+    class Listening(Fake):
+        def complete(
+            self, requests: Sequence[Request], may_retry: MayRetry
+        ) -> Iterator[Completion]:
+            asked.extend(requests)
+            return super().complete(requests, may_retry)
+
+    drivers = [Listening("first", "!"), Listening("second", ".")]
+    endpoints = [
+        Endpoint(max_tokens=4096, temperature=0.5),
+        Endpoint(max_tokens=256, temperature=0.0),
+    ]
+    chain = ChainDriver([opener(x) for x in drivers], endpoints)
+    request = replace(requests(1)[0], max_tokens=4096, temperature=0.5)
+    assert [x.text for x in chain.complete([request], ALWAYS)] == ["second"]
+    assert [(x.max_tokens, x.temperature) for x in asked] == [(4096, 0.5), (256, 0.0)]

@@ -59,7 +59,11 @@ def test_every_status_is_of_one_kind(status: int) -> None:
     error = failure_of(status_error(status), "")
     passing = status in {408, 409, 429} or (status >= 500 and status != 501)
     refusal = status in {400, 404, 415, 422, 501}
-    assert (error.may_pass, error.is_refusal, error.may_cost) == (passing, refusal, False)
+    assert (error.may_pass, error.is_refusal, error.may_cost) == (
+        passing,
+        refusal,
+        status in {408, 504},
+    )
     assert error.reason == f"{status}: words"
 
 
