@@ -132,8 +132,10 @@ class Ledger:
         self._llm_path = folder / "llm.jsonl"
         self._probe_path = folder / "probes.jsonl"
         self._anchor_path = folder / "anchors.jsonl"
-        rows = _read(self._candidate_path, mend=True)
-        self._candidates = [Candidate.from_json(x) for x in rows]
+        self._candidates = [
+            _candidate(x, f"{self._candidate_path.name}, line {n}")
+            for n, x in enumerate(_read(self._candidate_path, mend=True), 1)
+        ]
         self._lines = read_lines(self._llm_path, mend=True)
         self._probes = [
             _probe(x, f"{self._probe_path.name}, line {n}")
@@ -237,6 +239,13 @@ def read_lines(path: Path, *, mend: bool = False) -> list[LlmLine]:
         ValueError: another line cannot be read.
     """
     return [_line(x, f"{path.name}, line {n}") for n, x in enumerate(_read(path, mend), 1)]
+
+
+def _candidate(data: Any, where: str) -> Candidate:
+    try:
+        return Candidate.from_json(data)
+    except (KeyError, TypeError):
+        raise ValueError(f"{where}: not a candidate as this version writes it") from None
 
 
 def _line(data: Any, where: str) -> LlmLine:

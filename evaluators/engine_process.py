@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Self
+
+SILENCE_SECONDS = 1800.0  # before one answer; the slowest is that a large model has loaded
 
 _WORKER = Path(__file__).with_name("engine_worker.py")
 _GRACE_SECONDS = 10.0
@@ -61,13 +64,15 @@ class EngineProcess:
         """Return the answer to one request.
 
         Raises:
-            EngineError: the process ended, or gave no JSON.
+            EngineError: the process ended, hangs, or gave no JSON.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with suppress(BrokenPipeError):  # the empty answer then says that it ended
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
+        if not select.select([self._process.stdout], [], [], SILENCE_SECONDS)[0]:
+            raise EngineError(f"the worker said nothing for {SILENCE_SECONDS / 60:g} minutes")
         line = self._process.stdout.readline()
         if not line:
             raise EngineError(f"{self._how_it_ended()}: {self._last_words()}")

@@ -263,4 +263,7 @@ def _load_errors() -> tuple[type[Exception], ...]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if "custom code" in line:  # what the library goes on to say is lost with its other lines
+        line += "; --trust-remote-code, or trust_remote_code: true, runs it"
+    return line

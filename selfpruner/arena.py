@@ -106,11 +106,13 @@ def _fix_order(
         folder.write_json(f"{folder.statistics.name}/errors.json", errors)
         folder.write_json(f"{folder.statistics.name}/{folder.order.name}", {"order_hash": found})
         return
-    began = folder.read_json(f"{folder.statistics.name}/{folder.order.name}")["order_hash"]
+    stored = folder.read_json(f"{folder.statistics.name}/{folder.order.name}")
+    began = stored.get("order_hash") if isinstance(stored, dict) else None
     if began != found:
         raise ValueError(
-            f"{folder}: the ranking came out as {found}, the run began with {began}; resume with "
-            "the hardware, thread count and versions of environment.json, or begin anew"
+            f"{folder}: the ranking came out as {found}, the run began with {began}; it needs the "
+            f"hardware, threads, versions and settings of {folder / 'environment.json'} and "
+            "config.yaml beside it, or begin anew without this folder"
         )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 Cell = dict[str, Any]
 Figures = dict[str, Any]
@@ -31,22 +32,34 @@ def finish_cells(
     """Return the rows of `cells`, in their order; those not yet on file come from `outcomes`.
 
     Args:
-        path: the file of rows; only this process writes to it.
+        path: the file of rows; no other process may write to it meanwhile.
         cells: what the experiment is made of.
         outcomes: gives the cells that it is handed with their figures, in any order as they are
             done; one that it leaves out has no row.
 
     Raises:
-        ValueError: a line of the file cannot be read.
+        ValueError: a line of the file cannot be read, or another process writes to it.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path}: another process is writing to this file") from None
+        return _finish(path, file, cells, outcomes)
+
+
+def _finish(
+    path: Path, file: TextIO, cells: list[Cell], outcomes: Callable[[list[Cell]], Outcomes]
+) -> list[Row]:
+    """Return the rows of `cells`; append those that are not yet on file."""
     rows = [x for x in _rows(path) if x["cell"] in cells]
     todo = [cell for cell in cells if all(x["cell"] != cell for x in rows)]
-    path.parent.mkdir(parents=True, exist_ok=True)
     with closing(outcomes(todo)) as finished:
         for cell, figures in finished:
             row = {"cell": cell, "figures": figures}
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, allow_nan=False) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+            file.flush()
             rows.append(row)
     found = (next((x for x in rows if x["cell"] == cell), None) for cell in cells)
     return [row for row in found if row is not None]

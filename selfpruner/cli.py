@@ -107,7 +107,7 @@ def compress(
 ) -> None:
     """Prune a model to a budget, export it and report accuracy and speed."""
     folder = out or Path("runs") / config.stem
-    with plain_errors(folder):
+    with plain_errors(folder, _options(workers, threads)):
         from selfpruner.config import load_config
         from selfpruner.run_folder import RunFolder
         from selfpruner.workforce import Workforce
@@ -115,7 +115,8 @@ def compress(
         settings = list(setting or []) + (["evaluation.samples=null"] if full else [])
         run = load_config(config, model=model, budget=budget, pick=pick, settings=settings)
         workforce = Workforce.parse(workers, threads)
-        run_folder = RunFolder.create(folder, run, replace=replace)
+        workforce.check()
+        run_folder = RunFolder.create(folder, run, replace=replace, threads=workforce.threads)
         _run(run, run_folder, workforce)
 
 
@@ -126,16 +127,24 @@ def resume(
     workers: _Workers = "1",
     threads: _Threads = None,
 ) -> None:
-    """Go on with a run that was stopped or killed; nothing that was paid for is lost."""
-    with plain_errors(run):
+    """Go on with a run that was stopped or killed.
+
+    Scored plans and the LLM's replies are kept; the ranking, the refit and the judging are done
+    again.
+    """
+    with plain_errors(run, _options(workers, threads)):
         from selfpruner.config import parse_config
         from selfpruner.run_folder import RunFolder
         from selfpruner.workforce import Workforce
 
         workforce = Workforce.parse(workers, threads)
+        workforce.check()
         folder = RunFolder.open(run)
-        if folder.results.is_file() and folder.report.is_file():
-            typer.echo(f"finished already; report: {folder.report}")
+        if folder.results.is_file():
+            from selfpruner.report import write_report
+
+            page = folder.report if folder.report.is_file() else write_report(folder.path)
+            typer.echo(f"finished already; report: {page}")
             return
         text = folder.config.read_text(encoding="utf-8")
         _run(parse_config(text, str(folder.config)), folder, workforce)
@@ -151,10 +160,16 @@ def _run(config: RunConfig, folder: RunFolder, workforce: Workforce) -> None:
         try:
             with Progress() as progress:
                 report_file = pipeline.compress(config, folder, progress, workforce)
-        except (ValueError, OSError):
+        except Exception:
             folder.remove_if_unused()
             raise
     typer.echo(f"report: {report_file}")
+
+
+def _options(workers: str, threads: int | None) -> str:
+    """Return the options that a resumed run needs to score as it began."""
+    asked = {"--workers": workers if workers != "1" else None, "--threads": threads}
+    return "".join(f" {name} {value}" for name, value in asked.items() if value is not None)
 
 
 for _measure in (measuring.evaluate, measuring.speed, measuring.profile):
@@ -228,6 +243,7 @@ def experiment(
         from selfpruner.workforce import Workforce
 
         workforce = Workforce.parse(workers, threads)
+        workforce.check()
         load_experiment(config)  # a wrong file is refused before anything heavy is imported
         from selfpruner import experiment as study
         from selfpruner.experiment_table import table
@@ -244,19 +260,22 @@ def experiment(
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
     *,
-    out: Annotated[Path, typer.Option(help="Page that shows several runs side by side.")] = Path(
-        "comparison.html"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Page that shows several runs side by side; comparison.html."),
+    ] = None,
 ) -> None:
     """Write a run's report.html anew; of several runs, one page that compares them."""
     with plain_errors():
         from selfpruner.run_folder import RunFolder
 
         folders = [RunFolder.open(path).path for path in runs]
+        if out is not None and len(folders) == 1:
+            raise ValueError("--out: allowed with several runs; that of one is RUN/report.html")
         from selfpruner.report import write_comparison, write_report
 
-        one = len(folders) == 1
-        page = write_report(folders[0]) if one else write_comparison(folders, out)
+        one, side_by_side = len(folders) == 1, out or Path("comparison.html")
+        page = write_report(folders[0]) if one else write_comparison(folders, side_by_side)
         typer.echo(f"report: {page}")
 
 

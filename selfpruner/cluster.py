@@ -10,21 +10,51 @@ import importlib.util
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic
+from urllib.parse import urlsplit
 
 from selfpruner.crew import LostError, Result, Task, Work
 
 LOCAL = "local"
 
 _STORE_BYTES = 128 * 2**20  # scores and plans are small
+_PORT = 10001  # of Ray's clients, where an address names none
+_ANSWER = 5.0  # seconds for a connection
 _PATIENCE = 120.0  # seconds for a worker to begin; a busy cluster may never give it room
 
 Needs = dict[str, int]
+
+
+def check(address: str, threads: int | None) -> None:
+    """Refuse a cluster that cannot be had, without Ray's help: before anything is computed.
+
+    Raises:
+        ValueError: Ray is not installed, nothing listens at `address`, or this machine has fewer
+            cores than a worker of a `local` one needs; one line.
+    """
+    _check_installed()
+    if address == LOCAL:
+        cores = os.cpu_count() or 1
+        if threads is not None and threads > cores:
+            raise ValueError(f"--threads: got {threads}; allowed: up to {cores}, the cores here")
+        return
+    place = urlsplit(address)
+    try:
+        port = place.port or _PORT
+        socket.create_connection((place.hostname or "", port), timeout=_ANSWER).close()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--workers: nothing answers at {address} ({error})") from None
+
+
+def _check_installed() -> None:
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError("--workers: ray is not installed; pip install -e '.[cluster]' brings it")
 
 
 @contextmanager
@@ -36,8 +66,7 @@ def connected(address: str) -> Iterator[None]:
     Raises:
         ValueError: Ray is not installed, or does not answer at `address`; one line.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise ValueError("--workers: ray is not installed; pip install -e '.[cluster]' brings it")
+    _check_installed()
     import ray
 
     if ray.is_initialized():

@@ -18,35 +18,36 @@ _ROOMS = ("agent", "evaluators", "prompts", "pruning", "selfpruner")
 
 
 @contextmanager
-def plain_errors(folder: Path | None = None) -> Iterator[None]:
+def plain_errors(folder: Path | None = None, options: str = "") -> Iterator[None]:
     """Say what a user can mend in one line and exit 2; leave the rest its traceback.
 
     A ValueError counts as the user's when one of the rooms raised it itself; one from inside a
     library is a defect of ours. A stop by a signal exits 128 plus its number, drivers that gave
-    up exit 75 (try again later); both say how to go on where there is a run `folder`.
+    up exit 75 (try again later); both say how to go on where there is a run `folder`, with
+    the `options` of the command.
     """
     try:
         yield
     except KeyboardInterrupt as error:
         number = signal.SIGTERM if isinstance(error, TerminatedError) else signal.SIGINT
-        _stop(f"stopped by {number.name}", 128 + number, folder)
+        _stop(f"stopped by {number.name}", 128 + number, folder, options)
     except ValueError as error:
         if not _raised_here(error):
             raise
         _complain(str(error))
         raise typer.Exit(2) from None
     except DriverError as error:
-        _stop(" ".join(str(error).split()), 75, folder)
+        _stop(" ".join(str(error).split()), 75, folder, options)
     except OSError as error:
         named = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         _complain(" ".join((named or str(error)).split()))
         raise typer.Exit(2) from None
 
 
-def _stop(message: str, code: int, folder: Path | None) -> NoReturn:
+def _stop(message: str, code: int, folder: Path | None, options: str) -> NoReturn:
     """Leave with a line that says how to go on."""
     goes_on = folder is not None and folder.is_dir()
-    _complain(f"{message}; `selfpruner resume {folder}` goes on" if goes_on else message)
+    _complain(f"{message}; `selfpruner resume {folder}{options}` goes on" if goes_on else message)
     raise typer.Exit(code) from None
 
 

@@ -27,11 +27,11 @@ _REPORTED_PACKAGES = (
 )
 
 
-def environment(seed: int) -> dict[str, Any]:
+def environment(seed: int, threads: int | None = None) -> dict[str, Any]:
     """Return what the numbers of a run depend on beside its configuration.
 
-    Versions, Python, platform, CPU model, cores, GPU models, memory in bytes, git revision or
-    None, seed. No host name, user or path.
+    Versions, Python, platform, CPU model, cores, threads of torch (as given, or those it has now),
+    GPU models, memory in bytes, git revision or None, seed. No host name, user or path.
     """
     import psutil
     import torch
@@ -42,6 +42,7 @@ def environment(seed: int) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
         "cores": os.cpu_count() or 1,
+        "threads": threads or torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "memory_bytes": int(psutil.virtual_memory().total),
         "git_revision": _git_revision(),

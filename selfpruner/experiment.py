@@ -19,6 +19,7 @@ import torch
 from agent.graph import SearchResult
 from agent.ledger import Ledger
 from prompts.library import load_strategy
+from pruning.loading import architecture_of
 from selfpruner.arena import Arena
 from selfpruner.cells import Cell, Figures, Outcomes, finish_cells, run_cells
 from selfpruner.config import RunConfig
@@ -31,7 +32,13 @@ from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
 from selfpruner.searching import check_words_and_drivers, search
 from selfpruner.stopping import terminable
-from selfpruner.workbench import prepare, resolved_device, settle_process
+from selfpruner.workbench import (
+    budget_of,
+    grid_of,
+    prepare,
+    resolved_device,
+    settle_process,
+)
 from selfpruner.workers import in_workers, take_device
 from selfpruner.workforce import Workforce
 
@@ -64,8 +71,10 @@ def run_experiment(
     plan, workforce = load_experiment(path), workforce or Workforce()
     for run in plan.runs.values():
         check_words_and_drivers(run)
+    _check_budgets(plan)
     cells = cells_of(plan)
-    with terminable(), _goes_on(progress):
+    folder.mkdir(parents=True, exist_ok=True)
+    with RunFolder(folder).locked(), terminable(), _goes_on(progress):
         if workforce.is_alone:
             searches = _Searches(plan, folder, progress, workforce.threads)
             rows = run_cells(results, cells, searches)
@@ -77,9 +86,25 @@ def run_experiment(
     if not rows:
         raise ValueError(f"{path}: no cell was finished; the logs in {folder} say why")
     study = Study(plan.name, rows, plan.roles, plan.placebos, plan.config.control, len(cells))
-    folder.mkdir(parents=True, exist_ok=True)
     write_experiment_page(study, path, folder / "experiment.html")
     return study
+
+
+def _check_budgets(plan: Experiment) -> None:
+    """Refuse budgets that no plan of a model is within, before any cell is run.
+
+    Budgets of time take the model, and are seen to in their cell.
+
+    Raises:
+        ValueError: one line.
+    """
+    for model in plan.models:
+        run = plan.base.model_copy(update={"model": model})
+        architecture = architecture_of(model, trust_remote_code=run.trust_remote_code)
+        for budget in plan.budgets:
+            if budget.kind != "speedup":
+                asked = run.model_copy(update={"budget": budget})
+                budget_of(asked, architecture, grid_of(asked, architecture))
 
 
 @contextmanager

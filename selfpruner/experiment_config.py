@@ -89,13 +89,18 @@ def load_experiment(path: Path) -> Experiment:
     arms = _arms(config, path)
     _check_names(config, arms, path)
 
-    def run(arm: Arm) -> RunConfig:
+    def run(arm: Arm, place: str) -> RunConfig:
         settings = [f"{k}={json.dumps(v)}" for k, v in {**config.settings, **arm}.items()]
-        return load_config(path.parent / config.base, settings=settings)
+        try:
+            return load_config(path.parent / config.base, settings=settings)
+        except ValueError as error:
+            lines = str(error).replace("--set ", "").splitlines()
+            raise ValueError("\n".join(f"{path}: {place}: {line}" for line in lines)) from None
 
-    runs = {name: run(arm) for name, arm in arms.items()}
+    base = run({}, "settings")
+    runs = {name: run(arm, f"arms.{name}") for name, arm in arms.items()}
     roles = {name: config.roles.get(name, role_of(run.search)) for name, run in runs.items()}
-    return Experiment(path.stem, config, run({}), runs, roles, _placebos(runs, roles))
+    return Experiment(path.stem, config, base, runs, roles, _placebos(runs, roles))
 
 
 def role_of(search: SearchSettings) -> Role:
@@ -137,6 +142,8 @@ def _check_names(config: ExperimentConfig, arms: Mapping[str, Arm], path: Path) 
         for name in names:
             if name is not None and name not in arms:
                 raise ValueError(f"{path}: {place}: got {name}; allowed: {', '.join(arms)}")
+    if min(config.seeds) < 0:
+        raise ValueError(f"{path}: seeds: got {min(config.seeds)}; allowed: 0 and above")
     for place, values in (
         ("seeds", config.seeds),
         ("models", config.models),

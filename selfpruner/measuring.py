@@ -48,6 +48,7 @@ def evaluate(
 ) -> None:
     """Measure accuracy on commonsense tasks."""
     with plain_errors():
+        _check_named(model)
         from selfpruner.config import TASKS
 
         names = tuple(tasks.replace(",", " ").split()) if tasks is not None else TASKS
@@ -104,6 +105,7 @@ def speed(
 ) -> None:
     """Measure prefill and decoding in the engines that serve the model, and memory."""
     with plain_errors():
+        _check_named(model)
         if out is not None and out.suffix not in (".json", ".html"):
             raise ValueError(f"--out: got {out}; allowed: a name that ends in .json or .html")
         if out is not None and not out.parent.is_dir():
@@ -131,6 +133,12 @@ def speed(
         from selfpruner.speed_page import show_speed
 
         show_speed(measured, out)
+
+
+def _check_named(model: str) -> None:
+    """Refuse an empty name, as that of an environment variable that is not set."""
+    if not model:
+        raise ValueError("MODEL: got an empty name")
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
@@ -171,6 +179,7 @@ def profile(
 ) -> None:
     """Measure times by width on this machine, and how well they predict whole models."""
     with plain_errors():
+        _check_named(source)
         from selfpruner.latency_table import Timing
         from selfpruner.profile import profile_command
         from selfpruner.progress import Progress

@@ -89,21 +89,23 @@ def compress(
     torch.manual_seed(config.seed)
     check_words_and_drivers(config)
     bench = prepare(config, progress, folder)
-    _check_disk(bench, folder)
     _check_items(config)
+    folder.keep()
+    _check_disk(bench, folder)
     choice = _choose(bench, folder, progress, workforce or Workforce())
     bench = choice.bench
     _write_plan(bench, choice.prunable, choice.selected.plan, folder)
     model, outcome = _finish(choice, progress)
     del choice  # what ranked and scored the plans: the export needs its room
-    pruned = export(model, bench.tokenizer, folder.model, getattr(torch, config.export.dtype))
-    del model
-    pruned = _checked(pruned, folder.model, bench)
+    with progress.stage("export"):
+        pruned = export(model, bench.tokenizer, folder.model, getattr(torch, config.export.dtype))
+        del model
+        pruned = _checked(pruned, folder.model, bench)
     shutil.rmtree(folder.scratch, ignore_errors=True)  # the judges may need its room
     results = verdict(bench, pruned, outcome, folder, progress)
-    results.save(folder.results)
     card = model_card(results, is_stock(pruned))
     (folder.model / "README.md").write_text(card, encoding="utf-8")
+    results.save(folder.results)  # last: with it, a resumed run has but the report to write
     return write_report(folder.path)
 
 
@@ -114,7 +116,8 @@ def _choose(
     config = bench.config
     with opened_arena(bench, folder, progress, workforce) as arena:
         found = search(arena, config, folder, progress)
-        best = best_on_fresh_tokens(found, arena.selection)
+        with progress.stage("fresh tokens"):
+            best = best_on_fresh_tokens(found, arena.selection)
         choice = _Choice(bench, arena.prunable, arena.selection, found, *best)
         if not config.front.targets:
             return choice
@@ -238,7 +241,7 @@ def _checked(pruned: PreTrainedModel, folder: Path, bench: Workbench) -> PreTrai
         reloaded = type(pruned).from_pretrained(folder, dtype=pruned.dtype).to(pruned.device).eval()
     else:
         reloaded = reopened(pruned, folder)
-    tokens = next(iter(bench.texts.report.values()))[:1].to(pruned.device)
+    tokens = next(iter(bench.texts.report.values()), bench.texts.select)[:1].to(pruned.device)
     with torch.no_grad():
         if not torch.equal(reloaded(tokens).logits, pruned(tokens).logits):
             raise RuntimeError(f"{folder}: the exported model differs from the one in memory")

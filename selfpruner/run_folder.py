@@ -27,13 +27,22 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(cls, path: Path, config: RunConfig, *, replace: bool = False) -> RunFolder:
+    def create(
+        cls,
+        path: Path,
+        config: RunConfig,
+        *,
+        replace: bool = False,
+        threads: int | None = None,
+    ) -> RunFolder:
         """Return a new folder that holds `config.yaml` and `environment.json`.
 
         Args:
             path: where; an empty folder there is taken as it is.
             config: the resolved configuration.
-            replace: first remove what is there, if it is a run folder.
+            replace: put aside what is there, if it is a run folder; `keep` then removes it, and
+                `remove_if_unused` brings it back.
+            threads: of torch that the search will have; None: as many as it has now.
 
         Raises:
             ValueError: something is there and `replace` is off, or it is no run folder.
@@ -41,13 +50,18 @@ class RunFolder:
         """
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             raise ValueError(f"{path}: exists and is not a folder; choose another with --out")
-        if path.exists() and any(path.iterdir()):
-            _make_room(path, replace)
-        with _full_disk_named(path):
-            path.mkdir(parents=True, exist_ok=True)
         folder = cls(path)
-        folder.write_json("environment.json", {_MARK: 1, **environment(config.seed)})
-        folder.write_text("config.yaml", config.to_yaml())
+        if path.exists() and any(path.iterdir()):
+            _make_room(folder, replace)
+        try:
+            with _full_disk_named(path):
+                path.mkdir(parents=True, exist_ok=True)
+            facts = environment(config.seed, threads)
+            folder.write_json("environment.json", {_MARK: 1, **facts})
+            folder.write_text("config.yaml", config.to_yaml())
+        except OSError:
+            folder.remove_if_unused()
+            raise
         return folder
 
     @classmethod
@@ -80,14 +94,25 @@ class RunFolder:
                 raise ValueError(f"{self}: another process is at work in this folder") from None
             yield
 
+    def keep(self) -> None:
+        """Go on with this run for good: what it replaces is removed."""
+        shutil.rmtree(self._replaced, ignore_errors=True)
+
     def remove_if_unused(self) -> None:
-        """Remove the folder again if nothing was added to it, so that its name stays free."""
-        if {path.name for path in self.path.iterdir()} <= {
-            "config.yaml",
-            "environment.json",
-            ".lock",
-        }:
-            shutil.rmtree(self.path)
+        """Remove the folder again if nothing was added to it; what it was to replace is back."""
+        if self._is_unused:
+            shutil.rmtree(self.path, ignore_errors=True)
+            if self._replaced.is_dir():
+                self._replaced.rename(self.path)
+
+    @property
+    def _is_unused(self) -> bool:
+        return not self.path.exists() or {x.name for x in self.path.iterdir()} <= _AT_START
+
+    @property
+    def _replaced(self) -> Path:
+        """Where the run lies that this one is to replace."""
+        return self.path.with_name(f".{self.path.name}.replaced")
 
     def __fspath__(self) -> str:
         """Return the folder as a path."""
@@ -217,8 +242,9 @@ def is_run_folder(path: Path) -> bool:
     return isinstance(mark, dict) and _MARK in mark and (path / "config.yaml").is_file()
 
 
-def _make_room(path: Path, replace: bool) -> None:
-    """Remove the run folder at `path`, if allowed to."""
+def _make_room(folder: RunFolder, replace: bool) -> None:
+    """Put the run that is there aside, if allowed to; one that never began is simply removed."""
+    path = folder.path
     if not replace:
         raise ValueError(
             f"{path}: exists; `selfpruner resume {path}` goes on with a run that is there, "
@@ -228,8 +254,12 @@ def _make_room(path: Path, replace: bool) -> None:
         raise ValueError(f"{path}: not a run folder, so --replace does not remove it")
     if Path.cwd().resolve().is_relative_to(path.resolve()):
         raise ValueError(f"{path}: holds the current folder, so --replace does not remove it")
-    with RunFolder(path).locked():
-        shutil.rmtree(path)
+    with folder.locked():
+        if folder._is_unused:
+            shutil.rmtree(path)
+            return
+        folder.keep()
+        path.rename(folder._replaced)
 
 
 @contextmanager

@@ -42,6 +42,17 @@ class Workforce:
             f"--workers: got {workers!r}; allowed: a number from 1, ray or ray://host:port"
         )
 
+    def check(self) -> None:
+        """Refuse a cluster that cannot be had, before anything is computed.
+
+        Raises:
+            ValueError: one line.
+        """
+        if self.address:
+            from selfpruner.cluster import check
+
+            check(self.address, self.asked_threads)
+
     @property
     def is_alone(self) -> bool:
         """Whether this process does it all."""

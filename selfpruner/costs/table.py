@@ -25,6 +25,7 @@ ASSUMPTIONS = (
     "4 N² + 8 O N bytes for an output projection (O, N), without least squares 4 N² + 4 O N; Gram "
     "matrices are those of one layer at a time. With memory: streamed they are on disk, as the "
     "weights are, and read from there each time that plans go through the layers.",
+    "Peak memory is of tensors; the process takes about reserved_gib of the hardware file more.",
     "Every evaluation counts in full. Cuts of plans that fit the cache of 512 MiB are solved once "
     "a level, others for every plan and round. Branches that plans share and the limits of "
     "the search on calls, tokens, money and time are left out.",

@@ -303,3 +303,13 @@ def test_vllm_times_both_models(folders: dict[str, Source]) -> None:
     facts: dict[str, Any] = report.facts["pruned"]
     assert facts["mode"].startswith("Transformers backend, eager")
     assert facts["dtype"] == "float32"
+
+
+def test_a_worker_that_hangs_is_told_of(
+    stand_in: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_process, "SILENCE_SECONDS", 3.0)
+    monkeypatch.setattr(engine_process, "_GRACE_SECONDS", 0.1)
+    python = stand_in("__import__('time').sleep(60)")
+    found = compare_engine("vllm", {"a": Source("a")}, CASES[:1], SETTINGS, python=python)
+    assert found.absent == "the worker said nothing for 0.05 minutes"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import types
@@ -19,6 +20,7 @@ from selfpruner.config import CONFIGS, RunConfig, load_config
 from selfpruner.latency_table import Timing
 from selfpruner.run_folder import RunFolder
 from selfpruner.stopping import TerminatedError
+from selfpruner.workforce import Workforce
 
 DEMO = str(CONFIGS / "demo.yaml")
 
@@ -179,7 +181,10 @@ def test_compress_hands_the_resolved_configuration_on(pipeline: Recorder) -> Non
     assert load_config(folder.config) == config
 
 
-def test_workers_are_handed_on_and_what_is_none_is_refused(pipeline: Recorder) -> None:
+def test_workers_are_handed_on_and_what_is_none_is_refused(
+    pipeline: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Workforce, "check", lambda _: None)
     assert run("compress", DEMO, "--workers", "ray://h:1", "--threads", "3").exit_code == 0
     [(_, (*_, workforce), _)] = pipeline.calls
     assert (workforce.address, workforce.threads, workforce.is_alone) == ("ray://h:1", 3, False)
@@ -241,6 +246,36 @@ def test_a_run_that_never_began_leaves_its_name_free(pipeline: Recorder) -> None
     assert Path("b", "candidates.jsonl").exists()
 
 
+@pytest.mark.parametrize("error", [ValueError("no model x"), RuntimeError("a defect")])
+def test_what_is_to_be_replaced_comes_back_where_nothing_began(
+    pipeline: Recorder, error: Exception
+) -> None:
+    old = RunFolder.create(Path("a"), RunConfig(model="m"))
+    old.write_text("results.json", "{}")
+    pipeline.error = error
+    result = run("compress", DEMO, "--out", "a", "--replace")
+    assert result.exit_code != 0
+    assert old.results.read_text() == "{}"
+    assert [x.name for x in Path().iterdir()] == ["a"]
+
+
+def test_a_cluster_that_is_not_there_is_refused_before_a_folder_is_begun(
+    pipeline: Recorder,
+) -> None:
+    pytest.importorskip("ray")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert run("compress", DEMO, "--workers", f"ray://127.0.0.1:{port}").exit_code == 0
+    refused = run("compress", DEMO, "--out", "b", "--workers", f"ray://127.0.0.1:{port}")
+    assert refused.exit_code == 2
+    line = f"selfpruner: --workers: nothing answers at ray://127.0.0.1:{port} ("
+    assert refused.stderr.startswith(line)
+    many = run("compress", DEMO, "--out", "b", "--workers", "ray", "--threads", "9999")
+    assert "--threads: got 9999; allowed: up to" in many.stderr
+    assert not Path("b").exists()
+    assert len(pipeline.calls) == 1
+
+
 def test_a_full_disk_is_one_line(pipeline: Recorder) -> None:
     pipeline.error = OSError(28, "the disk is full; could not write model.safetensors")
     result = run("compress", DEMO)
@@ -261,12 +296,12 @@ def test_what_can_go_on_says_how(
     pipeline: Recorder, error: BaseException, code: int, words: str
 ) -> None:
     pipeline.error = error
-    result = run("compress", DEMO, "--out", "a")
+    result = run("compress", DEMO, "--out", "a", "--threads", "1")
     if isinstance(error, DriverError):  # the folder was not begun, so there is nothing to resume
         assert (result.exit_code, result.stderr) == (code, f"selfpruner: {words}\n")
         return
     assert result.exit_code == code
-    assert result.stderr == f"selfpruner: {words}; `selfpruner resume a` goes on\n"
+    assert result.stderr == f"selfpruner: {words}; `selfpruner resume a --threads 1` goes on\n"
 
 
 def test_resume_goes_on_with_the_stored_configuration(pipeline: Recorder) -> None:
@@ -288,6 +323,33 @@ def test_resume_of_what_cannot_be_resumed(pipeline: Recorder) -> None:
     folder.report.write_text("")
     assert run("resume", "a").output == f"finished already; report: {folder.report}\n"
     assert not pipeline.calls
+
+
+def test_a_run_with_its_results_has_but_the_report_to_write(
+    pipeline: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = Recorder(monkeypatch, "report", "write_report")
+    RunFolder.create(Path("a"), RunConfig(model="m")).results.write_text("{}")
+    assert run("resume", "a").output == f"finished already; report: {Path('there/report.html')}\n"
+    assert [(name, arguments) for name, arguments, _ in report.calls] == [
+        ("write_report", (Path("a"),))
+    ]
+    assert not pipeline.calls
+
+
+def test_one_run_has_its_report_in_its_folder(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "a", RunConfig(model="m"))
+    refused = run("report", str(folder), "--out", "x.html")
+    assert (refused.exit_code, refused.stderr) == (
+        2,
+        "selfpruner: --out: allowed with several runs; that of one is RUN/report.html\n",
+    )
+
+
+@pytest.mark.parametrize("command", ["evaluate", "speed", "profile"])
+def test_a_variable_that_is_not_set_is_no_model(command: str) -> None:
+    refused = run(command, "")
+    assert (refused.exit_code, refused.stderr) == (2, "selfpruner: MODEL: got an empty name\n")
 
 
 def test_two_processes_never_work_in_one_folder(pipeline: Recorder) -> None:

@@ -179,6 +179,7 @@ def test_too_little_text_is_one_line(source: Path) -> None:
         ("bad.jsonl", None, 'line 2: want a JSON object with a text under "text"'),
         ("latin.txt", None, "not UTF-8 text"),
         ("empty.txt", None, "no text in it"),
+        ("damaged.txt.gz", None, "not UTF-8 text: Error -3"),
     ],
 )
 def test_refusals_are_one_line(
@@ -188,6 +189,8 @@ def test_refusals_are_one_line(
     Path("here").mkdir()
     Path("bad.jsonl").write_text('{"text": "a"}\n{"txt": "b"}', encoding="utf-8")
     Path("latin.txt").write_bytes("é".encode("latin-1"))
+    whole = gzip.compress(b"a few words")
+    Path("damaged.txt.gz").write_bytes(whole[:10] + bytes(8) + whole[18:])
     Path("empty.txt").write_text(" \n", encoding="utf-8")
     with pytest.raises(ValueError, match=r".") as error:
         load_documents(source, root)

@@ -40,6 +40,11 @@ def test_the_shipped_experiments_are_valid() -> None:
             "base: b.yaml\nmatrix: {search.x: [p], model: [q]}",
             "arms.p-q: got model; allowed: names",
         ),
+        ("base: b.yaml\narms: {a: {}}\nseeds: [-1]", "seeds: got -1; allowed: 0 and above"),
+        (
+            f"base: {CONFIGS}/demo.yaml\narms: {{a: {{search.alocator: cma}}}}",
+            "e.yaml: arms.a: search.alocator: unknown key search.alocator; did you mean",
+        ),
         ("model: m\nseed: 1", "a run's configuration, want an experiment"),
         ("base: b.yaml\narms: {p: {}}\nmatrix: {search.allocator: [p]}", "makes the arm p, which"),
     ],
@@ -182,3 +187,15 @@ def test_the_recorded_cells_name_the_arms_of_the_shipped_experiments() -> None:
         named = [{**x, "settings": ""} for x in cells_of(load_experiment(file))]
         for line in recorded.read_text().splitlines() if recorded.exists() else []:
             assert {**json.loads(line)["cell"], "settings": ""} in named
+
+
+def test_two_processes_never_write_one_file_of_cells(tmp_path: Path) -> None:
+    path, cell = tmp_path / "x.jsonl", {"n": 1}
+
+    def figures(_: dict[str, Any]) -> dict[str, Any]:
+        with pytest.raises(ValueError, match="another process is writing to this file"):
+            run_cells(path, [cell], lambda _: {"y": 2})
+        return {"y": 1}
+
+    assert run_cells(path, [cell], figures) == [{"cell": cell, "figures": {"y": 1}}]
+    assert len(path.read_text().splitlines()) == 1

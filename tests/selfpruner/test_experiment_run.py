@@ -20,6 +20,7 @@ from selfpruner.experiment import _Searches, cells_of
 from selfpruner.experiment_config import load_experiment
 from selfpruner.latency_table import Detail
 from selfpruner.progress import Progress
+from selfpruner.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +151,23 @@ def test_budgets_of_time_have_an_arena_for_every_workload(
     (models,) = [x for x in (tmp_path / "times").iterdir() if x.is_dir()]
     arenas = {x.name for x in models.glob("arena*")}
     assert arenas == {"arena-decode-1-8", "arena-prefill-1-8", "arena"}
+
+
+def test_what_cannot_be_is_refused_before_the_first_cell(study: Path, tmp_path: Path) -> None:
+    data = yaml.safe_load(study.read_text()) | {"budgets": [{"parameters": 0.7}, {"macs": 0.001}]}
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(data))
+    results = tmp_path / "x.jsonl"
+    arguments = ["experiment", str(file), "--out", str(tmp_path / "o"), "--results", str(results)]
+    refused = CliRunner().invoke(main, arguments)
+    assert refused.exit_code == 2
+    assert "budget.macs: 0.001 cannot be met" in refused.stderr
+    assert not results.exists()
+    file.write_text(study.read_text())
+    (tmp_path / "o").mkdir()
+    with RunFolder(tmp_path / "o").locked():
+        refused = CliRunner().invoke(main, arguments)
+    assert (refused.exit_code, refused.stderr) == (
+        2,
+        f"selfpruner: {tmp_path / 'o'}: another process is at work in this folder\n",
+    )

@@ -42,9 +42,17 @@ def test_an_existing_folder_is_refused_in_one_line(folder: RunFolder) -> None:
 
 def test_replace_starts_afresh(folder: RunFolder) -> None:
     folder.write_text("candidates.jsonl", "{}\n")
-    RunFolder.create(folder.path, CONFIG, replace=True)
+    again = RunFolder.create(folder.path, CONFIG, replace=True)
     assert not folder.candidates.exists()
     assert folder.config.exists()
+    # One that never began is no run to bring back: what lies aside is still the first.
+    again = RunFolder.create(folder.path, CONFIG, replace=True)
+    again.remove_if_unused()
+    assert folder.candidates.read_text("utf-8") == "{}\n"
+    again = RunFolder.create(folder.path, CONFIG, replace=True)
+    again.keep()
+    again.remove_if_unused()
+    assert not any(folder.path.parent.iterdir())
 
 
 def test_replace_removes_nothing_but_run_folders(tmp_path: Path) -> None:
