@@ -96,7 +96,8 @@ class RunFolder:
 
     def keep(self) -> None:
         """Go on with this run for good: what it replaces is removed."""
-        shutil.rmtree(self._replaced, ignore_errors=True)
+        if is_run_folder(self._replaced):
+            shutil.rmtree(self._replaced)
 
     def remove_if_unused(self) -> None:
         """Remove the folder again if nothing was added to it; what it was to replace is back."""
