@@ -102,13 +102,13 @@ def family_of(model: nn.Module) -> tuple[Family, Architecture]:
     Raises:
         ValueError: the family is not supported, or the weights are packed: quantised.
     """
+    architecture = Architecture.from_config(model.config.to_dict())  # type: ignore[operator, union-attr]
     for name, parameter in model.get_submodule("model.layers").named_parameters():
         if parameter.dtype not in _PLAIN:
             raise ValueError(
                 f"model: its weights are quantised (layer {name} is {parameter.dtype}); "
                 "allowed: a checkpoint in float32, bfloat16 or float16"
             )
-    architecture = Architecture.from_config(model.config.to_dict())  # type: ignore[operator, union-attr]
     return FAMILIES[architecture.family], architecture
 
 

@@ -232,7 +232,7 @@ def _stop(folder: Path, arguments: list[str]) -> None:
     os.killpg(process.pid, signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, said
-    assert f"`selfpruner resume {folder}` goes on" in said
+    assert f"`selfpruner resume {folder} --workers ray --threads 1` goes on" in said
     _wait_for(lambda: not any(x.is_running() and x.status() != "zombie" for x in children))
 
 
