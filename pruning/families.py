@@ -52,12 +52,7 @@ class Family:
                 layer-by-layer forward pass does not model.
         """
         length = hidden_BTD.shape[1]
-        window = getattr(model.config, "sliding_window", None)
-        if window is not None and length > int(str(window)):
-            raise ValueError(
-                f"data.length: got {length} tokens, this model attends within a window of "
-                f"{window}; use at most that many"
-            )
+        check_window(model, length, "data.length")
         positions = torch.arange(length, device=hidden_BTD.device).unsqueeze(0)
         cos, sin = model.get_submodule("model.rotary_emb")(hidden_BTD, position_ids=positions)
         return cos, sin
@@ -94,6 +89,20 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Qwen2("qwen2", "Qwen2"),
     "qwen3": Qwen3("qwen3", "Qwen3"),
 }
+
+
+def check_window(model: nn.Module, length: int, name: str) -> None:
+    """Refuse sequences that a layer-by-layer forward pass does not model.
+
+    Raises:
+        ValueError: they are longer than a sliding attention window; `name` is their setting.
+    """
+    window = getattr(model.config, "sliding_window", None)
+    if window is not None and length > int(str(window)):
+        raise ValueError(
+            f"{name}: got {length} tokens, this model attends within a window of {window}; "
+            "use at most that many"
+        )
 
 
 def family_of(model: nn.Module) -> tuple[Family, Architecture]:

@@ -20,7 +20,7 @@ from pruning.calibration import grown_calibration
 from pruning.elastic import ElasticModel, Prunable
 from pruning.elastic_layer import Recipe
 from pruning.elastic_layerwise import LayerwiseElastic
-from pruning.families import Family, family_of
+from pruning.families import Family, check_window, family_of
 from pruning.loading import architecture_of, load, load_streamed
 from pruning.plan import Grid, Plan
 from pruning.sequential import SequentialModel
@@ -117,7 +117,10 @@ def prepare(config: RunConfig, progress: Progress, folder: RunFolder | None = No
             trust_remote_code=config.trust_remote_code,
         )
         family, architecture = family_of(model)
-        _check_window(config, getattr(model.config, "sliding_window", None))
+        check_window(model, config.data.length, "data.length")
+        if scratch is not None:  # judged layer by layer, too
+            for index, text in enumerate(config.data.report):
+                check_window(model, text.length, f"data.report.{index}.length")
         texts = load_texts(config, tokenizer)
     table = None
     if config.weighs_latency:
@@ -142,23 +145,6 @@ def _check_front(config: RunConfig, budget: Budget) -> None:
             budget.at(target)
         except ValueError as error:
             raise ValueError(f"front.targets: got {target:g}: {error}") from None
-
-
-def _check_window(config: RunConfig, window: int | None) -> None:
-    """Refuse sequences longer than what a layer-by-layer forward pass attends to.
-
-    Raises:
-        ValueError: one line.
-    """
-    lengths = {"data.length": config.data.length}
-    if config.memory == "streamed":
-        lengths |= {f"data.report.{i}.length": x.length for i, x in enumerate(config.data.report)}
-    for name, length in lengths.items():
-        if window is not None and length > window:
-            raise ValueError(
-                f"{name}: got {length} tokens, this model attends within a window of {window}; "
-                "use at most that many"
-            )
 
 
 def _scratch(config: RunConfig, folder: RunFolder | None) -> Path | None:

@@ -110,8 +110,8 @@ class LeastSquaresCorrection:
     def errors(self) -> Tensor:
         """Return the damped residual of every cut: the energy of the columns of M beyond k.
 
-        It is the error and lambda (|W_k - W_:k|^2 + |W_k:|^2): an upper bound, at a ridge of 0.1
-        one to four times the error in most blocks of a real model, more in its first and last MLP.
+        It is the error and lambda (|W_k - W_:k|^2 + |W_k:|^2): an upper bound, the looser the more
+        of the variance a few channels carry.
         """
         return self._kept["errors"]
 

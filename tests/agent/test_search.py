@@ -361,6 +361,18 @@ def test_a_limit_without_a_seed_plan_leaves_one_plan(scene: Scene, tmp_path: Pat
     assert (result.evaluations, result.stopped, result.best.origin) == (1, "tokens", "heuristic")
 
 
+@pytest.mark.parametrize("limit", range(8, 16))
+def test_a_limit_holds_where_a_generation_selects_and_generates(
+    scene: Scene, tmp_path: Path, limit: int
+) -> None:
+    """Random operators have no parents once a selection fails: mutation then asks as generation."""
+    context = scene(allocator="llm", operators="random", replies=["nothing"], mutate=6, calls=limit)
+    run(context, tmp_path)
+    made = [x for x in context.ledger.lines() if not x.is_skipped]
+    assert {x.operator for x in made if x.generation == 1} <= {"select", "generate", "crossover"}
+    assert len(made) <= limit
+
+
 def test_the_limit_on_seconds_ends_the_search(scene: Scene, tmp_path: Path) -> None:
     result = run(scene(seconds=1.5, evaluations=1000), tmp_path)
     assert result.stopped == "seconds"

@@ -121,6 +121,7 @@ def test_a_generation_moves_the_bar_once() -> None:
     clock, log = Clock(), io.StringIO()
     progress = Progress(log, clock=clock)
     told: list[Event] = [{"kind": "candidate", "equivalents": n} for n in (9.0, 10.0, 11.5, 12.0)]
+    told += [{"kind": "down", "reason": "no connection"}] * 2
     told.append({"kind": "generation", "generation": 1, "best_fitness": 0.5, "accuracy": None,
                  "speedup": None})  # fmt: skip
     with progress.stage("search", 20, done=8) as advance:
@@ -129,6 +130,7 @@ def test_a_generation_moves_the_bar_once() -> None:
         for event in told:
             tell(event)
     assert log.getvalue().splitlines() == [
+        "no LLM from here on: no connection",
         "search 12/20, 1 min 40 s, 3 min 20 s left",
         "generation 1: fitness 0.5000",
         "search 12/20 done in 1 min 40 s",
