@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pruning.architecture import Architecture
+from pruning.curvature import LayerCurvature
 from pruning.elastic_layer import ElasticLayer, LayerParameters, Recipe
 from pruning.facts import AllocationFacts
 from pruning.families import Family, run_layer
@@ -68,16 +69,27 @@ class ElasticModel:
         recipe: Recipe,
         *,
         batch_size: int = 8,
+        curvature: Sequence[LayerCurvature] | None = None,
         spool: Spool | None = None,
         on_layer: Callable[[int], None] = lambda _: None,
     ) -> ElasticModel:
         """Return the elastic model from one dense calibration pass, one layer at a time.
 
-        `tokens_BT` are calibration sequences; `spool` takes what cuts are made from, instead of
-        memory; `on_layer(index)` is called after each layer.
+        `tokens_BT` are calibration sequences; `curvature` of each layer measures errors; `spool`
+        takes what cuts are made from, instead of memory; `on_layer(index)` is called after each
+        layer.
         """
         measured = stream_statistics(model, family, tokens_BT, batch_size, recipe.holds_out)
-        return cls.of(model, family, architecture, measured, recipe, spool=spool, on_layer=on_layer)
+        return cls.of(
+            model,
+            family,
+            architecture,
+            measured,
+            recipe,
+            curvature=curvature,
+            spool=spool,
+            on_layer=on_layer,
+        )
 
     @classmethod
     def of(
@@ -88,6 +100,7 @@ class ElasticModel:
         statistics: Iterable[LayerStatistics],
         recipe: Recipe,
         *,
+        curvature: Sequence[LayerCurvature] | None = None,
         spool: Spool | None = None,
         on_layer: Callable[[int], None] = lambda _: None,
     ) -> ElasticModel:
@@ -98,7 +111,8 @@ class ElasticModel:
         ):
             own = recipe.for_layer(index)
             keep = held if spool is None else spool.of_layer(index)
-            layers.append(ElasticLayer(layer, family, architecture, measured, own, keep))
+            errors = None if curvature is None else curvature[index]
+            layers.append(ElasticLayer(layer, family, architecture, measured, own, keep, errors))
             on_layer(index)
         return cls(model, family, layers)
 

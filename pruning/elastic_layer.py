@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from pruning.architecture import Architecture
+from pruning.curvature import LayerCurvature
 from pruning.facts import LayerFacts, outlier_share, standardised_scores
 from pruning.families import Family
 from pruning.metrics.registry import REMOVAL_METRICS
@@ -81,11 +82,15 @@ class ElasticLayer:
         statistics: LayerStatistics,
         recipe: Recipe,
         keep: Keep = held,
+        curvature: LayerCurvature | None = None,
     ) -> None:
-        """Rank the units of a dense layer; `keep` is where the tensors of the cuts go."""
+        """Rank the units of a dense layer; `keep` is where the tensors of the cuts go.
+
+        With a `curvature` units are ranked by what they do to the predictions.
+        """
         self._family, self._architecture, self._unit = family, architecture, recipe.unit
         dense = {name: x.detach() for name, x in layer.named_parameters()}
-        blocks = output_projections(dense, family, architecture, recipe.unit, statistics)
+        blocks = output_projections(dense, family, architecture, recipe.unit, statistics, curvature)
         self.ridges = (recipe.ridge_of(blocks[0]), recipe.ridge_of(blocks[1]))
         scores = unit_scores(
             recipe.metrics, *blocks, architecture, ridges=self.ridges, seed=recipe.seed
@@ -187,19 +192,24 @@ class ElasticLayer:
         """Return all parameters of the layer under `plan`, named as in the stock layer."""
         return self.inputs(plan) | self.attention_output(plan) | self.mlp_output(plan)
 
-    def cut_errors(self, grid: Grid) -> tuple[list[float], list[float]]:
-        """Return the relative error of every attention level and MLP level of `grid`.
+    def cut_errors(
+        self, grid: Grid, curvature: LayerCurvature | None = None
+    ) -> tuple[list[float], list[float]]:
+        """Return the error of every attention level and MLP level of `grid`.
 
-        Expected squared output error per token (under least squares an upper bound of it) over
-        the median energy of the residual stream the block writes to: comparable across layers and
-        blocks, 0 at the dense level.
+        With a curvature the divergence in nats per token that the cut is expected to cause by
+        itself; without one the expected squared output error per token over the median energy of
+        the residual stream that the block writes to. Comparable across layers and blocks, 0 at the
+        dense level.
         """
-        attention, mlp = self._attention.errors(), self._mlp.errors()
         widths = [
             layer.kv_groups * layer.q_per_group * self._architecture.head_dim
             for layer in (grid.layer(level, 0) for level in range(len(grid.attention)))
         ]
-        return (
-            [float(attention[k]) / self.residual_energy[0] for k in widths],
-            [float(mlp[k]) / self.residual_energy[1] for k in grid.mlp],
-        )
+        if curvature is None:
+            attention = self._attention.errors(widths) / self.residual_energy[0]
+            mlp = self._mlp.errors(grid.mlp) / self.residual_energy[1]
+        else:
+            attention = self._attention.errors(widths, curvature.attention)
+            mlp = self._mlp.errors(grid.mlp, curvature.mlp)
+        return attention.tolist(), mlp.tolist()

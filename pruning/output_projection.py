@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pruning.architecture import Architecture
+from pruning.curvature import LayerCurvature
 from pruning.families import Family
 from pruning.plan import AttentionUnit
 from pruning.statistics import BlockStatistics, LayerStatistics
@@ -23,11 +24,18 @@ class OutputProjection:
         weight: (O, N) in float32 or float64.
         statistics: moments of its N input channels.
         units: how the channels leave together.
+        root: R (O, O), by which errors of the output are measured, as |R d|^2; None: as |d|^2.
     """
 
     weight: Tensor
     statistics: BlockStatistics
     units: Units
+    root: Tensor | None = None
+
+    @property
+    def measured(self) -> Tensor:
+        """The weight (O, N) of the output as it is measured."""
+        return self.weight if self.root is None else self.root.to(self.weight) @ self.weight
 
 
 def output_projections(
@@ -36,6 +44,7 @@ def output_projections(
     architecture: Architecture,
     unit: AttentionUnit,
     statistics: LayerStatistics,
+    curvature: LayerCurvature | None = None,
 ) -> tuple[OutputProjection, OutputProjection]:
     """Return the output projections of attention and MLP of one dense layer.
 
@@ -43,8 +52,9 @@ def output_projections(
     """
     output, down = (parameters[f"{role}.weight"].detach() for role in (family.o, family.down))
     wide = torch.float64 if output.dtype == torch.float64 else torch.float32
-    attention_units = Units.attention(architecture, unit)
+    attention_units, mlp_units = Units.attention(architecture, unit), Units.mlp(architecture)
+    roots = (None, None) if curvature is None else (curvature.attention, curvature.mlp)
     return (
-        OutputProjection(output.to(wide), statistics.attention, attention_units),
-        OutputProjection(down.to(wide), statistics.mlp, Units.mlp(architecture)),
+        OutputProjection(output.to(wide), statistics.attention, attention_units, roots[0]),
+        OutputProjection(down.to(wide), statistics.mlp, mlp_units, roots[1]),
     )

@@ -63,7 +63,7 @@ def unit_scores(
     and `ridges`, those of the least-squares corrections, are of attention and of the MLP.
     """
     heads, channels = (
-        channel_scores(metric, x.weight, x.statistics, x.units, ridge=ridge, seed=seed + block)
+        channel_scores(metric, x.measured, x.statistics, x.units, ridge=ridge, seed=seed + block)
         for block, (metric, x, ridge) in enumerate(
             zip(metrics, (attention, mlp), ridges, strict=True)
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.architecture import Architecture
+from pruning.curvature import LayerCurvature
 from pruning.elastic import run_cut_layer, run_plan
 from pruning.elastic_layer import ElasticLayer, LayerParameters, Recipe
 from pruning.families import Family
@@ -32,10 +33,11 @@ class SequentialModel:
         recipe: Recipe,
         *,
         batch_size: int = 8,
+        curvature: Sequence[LayerCurvature] | None = None,
     ) -> None:
         self.model, self.family = model, family
         self._architecture, self._recipe = architecture, recipe
-        self._tokens, self._batch_size = tokens_BT, batch_size
+        self._tokens, self._batch_size, self._curvature = tokens_BT, batch_size, curvature
         self._last: tuple[Plan, list[LayerParameters], list[Order]] | None = None
 
     def parameters(self, plan: Plan) -> list[LayerParameters]:
@@ -69,7 +71,14 @@ class SequentialModel:
                 self.family, layer, hidden, rotary, self._recipe.holds_out
             )
             own = self._recipe.for_layer(index)
-            ranked = ElasticLayer(layer, self.family, self._architecture, statistics, own)
+            ranked = ElasticLayer(
+                layer,
+                self.family,
+                self._architecture,
+                statistics,
+                own,
+                curvature=None if self._curvature is None else self._curvature[index],
+            )
             tensors = ranked.parameters(kept)
             hidden = [run_cut_layer(layer, kept, tensors, x, rotary) for x in hidden]
             parameters.append(tensors)

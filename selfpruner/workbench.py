@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -17,6 +18,7 @@ from pruning import elastic
 from pruning.architecture import Architecture
 from pruning.budget import Budget
 from pruning.calibration import grown_calibration
+from pruning.curvature import LayerCurvature, stream_curvature
 from pruning.elastic import ElasticModel, Prunable
 from pruning.elastic_layer import Recipe
 from pruning.elastic_layerwise import LayerwiseElastic
@@ -204,8 +206,13 @@ def budget_of(
 
 def rank(bench: Workbench, progress: Progress) -> Ranked:
     """Return the model that runs as any plan, and the cut errors `[layer][block][level]`."""
-    ranked = _ranked(bench, progress)
-    errors = [tuple(layer.cut_errors(bench.grid)) for layer in ranked.layers]
+    curvature = _curvature(bench, progress)
+    ranked = _ranked(bench, curvature, progress)
+    measures = curvature or repeat(None, len(ranked.layers))
+    errors = [
+        tuple(layer.cut_errors(bench.grid, measure))
+        for layer, measure in zip(ranked.layers, measures, strict=True)
+    ]
     if bench.config.pruning.statistics == "frozen":
         return ranked, errors
     sequential = SequentialModel(
@@ -215,6 +222,7 @@ def rank(bench: Workbench, progress: Progress) -> Ranked:
         bench.texts.calibrate,
         bench.recipe,
         batch_size=bench.config.evaluation.batch_size,
+        curvature=curvature,
     )
     return sequential, errors
 
@@ -243,7 +251,27 @@ def lent_ranking(bench: Workbench, path: Path) -> Ranked:
     return LayerwiseElastic(ranked, bench.config.evaluation.batch_size), errors
 
 
-def _ranked(bench: Workbench, progress: Progress) -> ElasticModel:
+def _curvature(bench: Workbench, progress: Progress) -> list[LayerCurvature] | None:
+    """Return the curvature of the dense model by its first calibration tokens; None without."""
+    wanted = bench.config.pruning.fisher_tokens
+    if not wanted:
+        return None
+    rows = max(1, wanted // bench.config.data.length)
+    with progress.stage("curvature", 2 * bench.architecture.layers) as advance:
+        return stream_curvature(
+            bench.model,
+            bench.family,
+            bench.texts.calibrate[:rows],
+            batch_size=bench.config.evaluation.batch_size,
+            seed=bench.config.seed,
+            spool=None if bench.scratch is None else Spool(bench.scratch / "curvature"),
+            on_layer=advance,
+        )
+
+
+def _ranked(
+    bench: Workbench, curvature: list[LayerCurvature] | None, progress: Progress
+) -> ElasticModel:
     tokens: Tensor = bench.texts.calibrate
     batch_size = bench.config.evaluation.batch_size
     dense = (bench.model, bench.family, bench.architecture)
@@ -252,7 +280,11 @@ def _ranked(bench: Workbench, progress: Progress) -> ElasticModel:
             unit = bench.recipe.unit
             grown = grown_calibration(*dense, tokens, unit, batch_size=batch_size)
             ranked = ElasticModel.of(
-                *dense, grown.statistics, bench.recipe, on_layer=lambda _: advance()
+                *dense,
+                grown.statistics,
+                bench.recipe,
+                curvature=curvature,
+                on_layer=lambda _: advance(),
             )
         else:
             ranked = ElasticModel.rank(
@@ -260,6 +292,7 @@ def _ranked(bench: Workbench, progress: Progress) -> ElasticModel:
                 tokens,
                 bench.recipe,
                 batch_size=batch_size,
+                curvature=curvature,
                 spool=None if bench.scratch is None else Spool(bench.scratch / "cuts"),
                 on_layer=lambda _: advance(),
             )

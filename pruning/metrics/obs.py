@@ -37,7 +37,8 @@ def obs(
     Raises:
         ValueError: the moments are not finite.
     """
-    inverse = torch.cholesky_inverse(damped_factor(statistics, ridge))
+    factor, _ = damped_factor(statistics, ridge)
+    inverse = torch.cholesky_inverse(factor)
     weight, sets, size = weight_ON.double(), units.sets, units.channels
     together = max(1, batch // size) if sets == 1 else 1
     alive = torch.arange(sets * units.per_set, device=weight.device)

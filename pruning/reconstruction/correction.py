@@ -2,14 +2,15 @@
 
 A block's output projection W (O, N), columns in rank order (most important first), meets inputs
 x with moments of the dense model. Cutting at k keeps the first k channels. All three corrections
-share one contract: the weight and bias after a cut, and the expected squared output error of
-every cut, per token.
+share one contract: the weight and bias after a cut, and the expected output error of cuts, per
+token: |y - y_k|^2, or |R (y - y_k)|^2 where a root R (O, O) says how errors are measured.
 
 Shapes: O output channels, N input channels, k kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -28,11 +29,8 @@ class Correction(Protocol):
     def cut(self, kept: int) -> tuple[Tensor, Tensor | None]:
         """Return the weight (O, kept) and the bias (O,), or None for no bias, in float32."""
 
-    def errors(self) -> Tensor:
-        """Return E|y - y_k|^2 per token for k = 0..N (N + 1,), float64; the last is 0.
-
-        Least squares returns an upper bound of it.
-        """
+    def errors(self, cuts: Sequence[int], root_OO: Tensor | None = None) -> Tensor:
+        """Return E|R (y - y_k)|^2 per token for each k of `cuts`, float64; 0 for N."""
 
 
 class NoCorrection:
@@ -45,9 +43,10 @@ class NoCorrection:
         """Return the first `kept` columns and no bias."""
         return self._kept["weight"][:, :kept], None
 
-    def errors(self) -> Tensor:
-        """Return tr(W_r H_rr W_r') for the removed suffix r of every cut."""
-        return _suffix_energy(self._kept["weight"], self._kept["moments"])
+    def errors(self, cuts: Sequence[int], root_OO: Tensor | None = None) -> Tensor:
+        """Return tr(V_r H_rr V_r') with V = R W for the removed suffix r of every cut."""
+        weight = _measured(self._kept["weight"], root_OO)
+        return _suffix_energy(weight, self._kept["moments"])[list(cuts)]
 
 
 class BiasCorrection:
@@ -65,9 +64,10 @@ class BiasCorrection:
         weight, mean = self._kept["weight"], self._kept["mean"]
         return weight[:, :kept], weight[:, kept:] @ mean[kept:]
 
-    def errors(self) -> Tensor:
-        """Return tr(W_r C_rr W_r') with the covariance C of the removed suffix r."""
-        return _suffix_energy(self._kept["weight"], self._kept["moments"])
+    def errors(self, cuts: Sequence[int], root_OO: Tensor | None = None) -> Tensor:
+        """Return tr(V_r C_rr V_r') with V = R W and the covariance C of the removed suffix r."""
+        weight = _measured(self._kept["weight"], root_OO)
+        return _suffix_energy(weight, self._kept["moments"])[list(cuts)]
 
 
 class LeastSquaresCorrection:
@@ -82,7 +82,7 @@ class LeastSquaresCorrection:
     def __init__(
         self, weight_ON: Tensor, statistics: BlockStatistics, ridge: float, keep: Keep = held
     ) -> None:
-        factor = damped_factor(statistics, ridge)
+        factor, self._damping = damped_factor(statistics, ridge)
         product = weight_ON.double() @ factor
         mean = statistics.mean.to(weight_ON)
         self._kept = keep(
@@ -92,7 +92,6 @@ class LeastSquaresCorrection:
                 "mean_output": weight_ON @ mean,
                 "factor": factor.to(weight_ON.dtype),
                 "product": product.to(weight_ON.dtype),
-                "errors": _suffix_sums(product.square().sum(0)),
             }
         )
 
@@ -107,13 +106,23 @@ class LeastSquaresCorrection:
         )
         return weight, mean_output - weight @ mean[:kept]
 
-    def errors(self) -> Tensor:
-        """Return the damped residual of every cut: the energy of the columns of M beyond k.
+    def errors(self, cuts: Sequence[int], root_OO: Tensor | None = None) -> Tensor:
+        """Return E|R (W_k x_k - W x)|^2 of the ridge solutions over centred inputs.
 
-        It is the error and lambda (|W_k - W_:k|^2 + |W_k:|^2): an upper bound, the looser the more
-        of the variance a few channels carry.
+        The energy of the columns of R M beyond k is that error and lambda |R D_k|^2, where D_k is
+        what the cut changes in the weight, removed columns included: D_k = M_r [L^-1]_r,: for the
+        removed suffix r.
         """
-        return self._kept["errors"]
+        factor = self._kept["factor"].double()
+        product = _measured(self._kept["product"], root_OO).double()
+        energies, change = _suffix_sums(product.square().sum(0)), torch.zeros_like(product)
+        errors, end = energies.new_zeros(len(cuts)), len(factor)
+        for place in sorted(range(len(cuts)), key=lambda place: -cuts[place]):
+            kept = cuts[place]
+            change[:, :end] += product[:, kept:end] @ _inverse_rows(factor, kept, end)
+            errors[place] = energies[kept] - self._damping * change.square().sum()
+            end = kept
+        return errors.clamp_min(0)
 
 
 def correction(
@@ -133,6 +142,21 @@ def correction(
     if name == "least_squares":
         return LeastSquaresCorrection(weight_ON, statistics, ridge, keep)
     raise ValueError(f"pruning.reconstruction: got {name!r}, allowed none, bias, least_squares")
+
+
+def _inverse_rows(factor_NN: Tensor, start: int, end: int) -> Tensor:
+    """Return rows `start` to `end` of the inverse of a lower triangle, what is not 0 of them."""
+    unit = factor_NN.new_zeros(end - start, end)
+    unit[:, start:].fill_diagonal_(1)
+    rows: Tensor = torch.linalg.solve_triangular(
+        factor_NN[:end, :end], unit, upper=False, left=False
+    )
+    return rows
+
+
+def _measured(weight_ON: Tensor, root_OO: Tensor | None) -> Tensor:
+    """Return R W, or W where there is no R."""
+    return weight_ON if root_OO is None else root_OO.to(weight_ON) @ weight_ON
 
 
 def _suffix_sums(values_N: Tensor) -> Tensor:

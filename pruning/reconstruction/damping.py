@@ -17,8 +17,8 @@ def centred(statistics: BlockStatistics) -> Tensor:
     return statistics.gram - torch.outer(mean, mean)
 
 
-def damped_factor(statistics: BlockStatistics, ridge: float) -> Tensor:
-    """Return L (N, N), float64 and lower triangular, with L L' = C + lambda I.
+def damped_factor(statistics: BlockStatistics, ridge: float) -> tuple[Tensor, float]:
+    """Return L (N, N), float64 and lower triangular, with L L' = C + lambda I, and lambda.
 
     C is the covariance, because a bias makes up for the mean; lambda = `ridge` times the mean
     diagonal of C. One lambda for all channels: a ridge by channel, which the refit uses, gave the
@@ -29,20 +29,24 @@ def damped_factor(statistics: BlockStatistics, ridge: float) -> Tensor:
     """
     covariance = centred(statistics).double()
     damping = ridge * float(covariance.diagonal().clamp_min(0).mean())
-    return _factor(covariance, damping if damping > 0 else ridge)
+    return factored(covariance, damping if damping > 0 else ridge)
 
 
-def _factor(moments_NN: Tensor, damping: float) -> Tensor:
-    """Return L with L L' = moments + damping I; more damping where rounding ate the spread.
+def factored(moments_NN: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Return L with L L' = moments + lambda I, and lambda: `damping`, or what rounding asks for.
+
+    Works in place: the damping stays on the diagonal of `moments_NN`.
 
     Raises:
         ValueError: no damping helps: the moments are not finite.
     """
+    total = 0.0
     for _ in range(12):
+        total += damping
         moments_NN.diagonal().add_(damping)
         factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(moments_NN)
         if not failed:
-            return factor
+            return factor, total
         damping *= 9  # about ten times as much in all
     raise ValueError("calibration: the activations are not finite; try dtype: float32")

@@ -44,10 +44,10 @@ def held_out_errors(projection: OutputProjection) -> dict[float, float]:
     units, cuts = projection.units, _cuts(projection.units)
     if projection.statistics.held_out is None or not cuts:
         return {}
-    scores = units.mean(wifv(projection.weight, projection.statistics))
+    scores = units.mean(wifv(projection.measured, projection.statistics))
     columns = units.columns(scores.argsort(dim=1, descending=True, stable=True))
     statistics = permuted(projection.statistics, columns)
-    weight, fit, held_out = projection.weight[:, columns], statistics.fit, statistics.held_out
+    weight, fit, held_out = projection.measured[:, columns], statistics.fit, statistics.held_out
     assert held_out is not None
     errors = {}
     for ridge in RIDGES:

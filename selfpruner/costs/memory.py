@@ -71,13 +71,48 @@ class MemoryModel:
         return self._placed(Memory(weights=self.dense.weight_bytes))
 
     def scratch(self) -> float:
-        """Return what a streamed run keeps on disk: what cuts are made from, and sliced models."""
-        return self._elastic.copies + self._elastic.corrections + self.finished
+        """Return what a streamed run keeps on disk: for curvature and cuts, and sliced models."""
+        return self.fisher + self.cuts + self.finished
+
+    @property
+    def cuts(self) -> float:
+        """Bytes that the cuts of all plans are made from."""
+        return self._elastic.copies + self._elastic.corrections
+
+    @property
+    def fisher_tokens(self) -> int:
+        """Tokens by which the curvature is measured."""
+        return min(self.config.pruning.fisher_tokens, self.config.data.calibrate.tokens)
+
+    @property
+    def fisher(self) -> float:
+        """Bytes of the inputs of all layers on the way back, and of the roots that it leaves."""
+        layers = self._architecture.layers
+        return layers * self._stream(self.fisher_tokens) + self._roots
 
     @property
     def finished(self) -> float:
         """Bytes of all sliced models of a streamed run, before and after the refit."""
         return self.models * (2 if self.config.pruning.refit else 1) * self.pruned.weight_bytes
+
+    def curvature(self) -> Memory:
+        """Return the peak on the way back: the inputs of all layers, all roots but one layer's.
+
+        Beside them gradients, 512 rows of logits and of what comes back, and what a layer keeps of
+        one micro-batch for its way back, about three times its activations.
+        """
+        logits = 512 * self._architecture.vocabulary * (4 + 2 * BYTES[self.dense.precision])
+        held = Memory(
+            weights=self.dense.weight_bytes,
+            statistics=self._roots,
+            streams=(self._architecture.layers + 2) * self._stream(self.fisher_tokens),
+            working=max(3 * self._activations(self.config.data.length), logits),
+        )
+        if self.is_streamed:
+            layers = self._architecture.layers
+            streams = 3 * self._stream(self.fisher_tokens)
+            held = replace(held, statistics=self._roots / layers, streams=streams)
+        return self._placed(held)
 
     def calibrate(self) -> Memory:
         """Return the peak at the last layer: everything that is kept is there already.
@@ -97,10 +132,11 @@ class MemoryModel:
         statistics = 4.0 * sum(n * n for n in shapes.inputs) + max(work)
         if settings.calibration == "auto":
             statistics += shapes.over_layers(lambda _, x: 8 * x * x)
+        roots = self._roots / (self._architecture.layers if self.is_streamed else 1)
         tokens = self.config.data.calibrate.tokens
         held = replace(
             self._elastic,
-            statistics=statistics,
+            statistics=statistics + roots,
             streams=2 * self._stream(tokens),
             working=self._activations(self.config.data.length, float32=True),
         )
@@ -227,6 +263,11 @@ class MemoryModel:
     @property
     def _output_bytes(self) -> float:
         return self._shapes.over_layers(lambda o, n: BYTES[self.dense.precision] * o * n)
+
+    @property
+    def _roots(self) -> float:
+        """Roots of the Fisher matrices of all layers, in float32."""
+        return self._shapes.over_layers(lambda o, _: 4 * o * o) if self.fisher_tokens else 0.0
 
     @property
     def _elastic(self) -> Memory:

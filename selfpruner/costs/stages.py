@@ -73,6 +73,7 @@ class RunStages:
         stages = [
             self.load(),
             self.latency(),
+            self.curvature(),
             self.calibrate(),
             self.rank(),
             self.search(),
@@ -100,9 +101,17 @@ class RunStages:
         works = latency_table(self.config, self.dense, self.grid, self.hardware)
         return Stage("latency table", works, self.memory.load())
 
+    def curvature(self) -> Stage:
+        """Return the way through the dense model and back, where units are measured by that."""
+        tokens = self._fisher_tokens
+        if not tokens:
+            return Stage("curvature", (), Memory())
+        works = (*self._curvature(), *self._read(2 * self.dense.weight_bytes + self.memory.fisher))
+        return Stage("curvature", works, self.memory.curvature(), tokens)
+
     def calibrate(self) -> Stage:
         """Return the dense pass over the calibration tokens with its Gram matrices."""
-        works = (*self._calibration(self.dense), *self._read(self._cuts))
+        works = (*self._calibration(self.dense), *self._read(self.memory.cuts))
         return Stage("calibrate", works, self.memory.calibrate(), self._calibration_tokens)
 
     def rank(self) -> Stage:
@@ -122,7 +131,7 @@ class RunStages:
             *self._shared(self.scoring.scores(count, self._scored_tokens)),
             *self._shared(self.scoring.cuts(count)),
         ]
-        works += self._read(self._walks(count) * self._cuts + self.dense.weight_bytes)
+        works += self._read(self._walks(count) * self.memory.cuts + self.dense.weight_bytes)
         items = self.config.data.choices
         looked = (count if self.config.fitness.get("accuracy") else 0) + self.llm.generations + 1
         if items:
@@ -158,7 +167,7 @@ class RunStages:
             *self._shared(self.scoring.cuts(count)),
         ]
         works += self.scoring.scores(1, select)
-        works += self._read((self._walks(count) + len(targets)) * self._cuts)
+        works += self._read((self._walks(count) + len(targets)) * self.memory.cuts)
         return Stage(
             "front", tuple(works), self.memory.score(), count * self._scored_tokens + select
         )
@@ -169,7 +178,7 @@ class RunStages:
         scored = self._finalists
         scored += 2 * self.models if self.config.pruning.refit else 0
         works = [*self.scoring.references(fresh), *self.scoring.scores(scored, fresh)]
-        works += self._read(self._cuts + self.dense.weight_bytes + self.memory.finished)
+        works += self._read(self.memory.cuts + self.dense.weight_bytes + self.memory.finished)
         return Stage("select", tuple(works), self.memory.score(), scored * fresh)
 
     def refit(self) -> Stage:
@@ -292,6 +301,10 @@ class RunStages:
         return self._whole(self.config.data.calibrate.tokens)
 
     @property
+    def _fisher_tokens(self) -> int:
+        return self._whole(self.memory.fisher_tokens)
+
+    @property
     def _search_tokens(self) -> int:
         return self._whole(self.config.data.search.tokens)
 
@@ -314,11 +327,6 @@ class RunStages:
     def _reported(self) -> int:
         return sum(tokens for tokens, _ in judging.reported_tokens(self.config.data))
 
-    @property
-    def _cuts(self) -> float:
-        """Bytes that the cuts of a streamed run are made from."""
-        return self.memory.scratch() - self.memory.finished
-
     def _walks(self, count: int) -> int:
         """Return how often plans go through all layers: once a generation and round of a race."""
         search = self.config.search
@@ -333,7 +341,8 @@ class RunStages:
         """Return the workers' start, at once: in memory each loads the model and ranks it."""
         if self.workers == 1 or self.memory.is_streamed:
             return ()
-        return (*self.load().works, *self._calibration(self.dense), *self._rankings())
+        measured = (*self._curvature(), *self._calibration(self.dense))
+        return (*self.load().works, *measured, *self._rankings())
 
     def _read(self, size: float) -> tuple[Work, ...]:
         """Return bytes that a streamed run reads from disk or writes there."""
@@ -346,6 +355,14 @@ class RunStages:
     def _blocks(self, model: Running, tokens: int) -> Work:
         """Return a pass through the layers alone."""
         return model.passes(tokens, self.config.data.length, self._rows)
+
+    def _curvature(self) -> tuple[Work, ...]:
+        """Return the passes: up, and on the way down each layer once more and back through it."""
+        tokens, length = self._fisher_tokens, self._length
+        if not tokens:
+            return ()
+        passes = self.dense.passes(3 * tokens, length, self._rows, head=2 * tokens)
+        return passes, *surgery.curvature(self._shapes, tokens)
 
     def _calibration(self, model: Running) -> tuple[Work, ...]:
         tokens = self._calibration_tokens

@@ -46,17 +46,32 @@ def gram(shapes: Shapes, tokens: float) -> Work:
     return Work(flops=shapes.over_layers(lambda _, n: 2 * tokens * n * n))
 
 
-def ranking(shapes: Shapes, settings: PruningSettings) -> tuple[Work, ...]:
-    """Return what turns statistics into an order and into corrections of every cut, in float64.
+def curvature(shapes: Shapes, tokens: float) -> tuple[Work, ...]:
+    """Return the Fisher matrices of all outputs, 2 T O^2 each in float32, and their roots."""
+    return (
+        Work(flops=shapes.over_layers(lambda o, _: 2 * tokens * o * o)),
+        Work(
+            flops=shapes.over_layers(lambda o, _: o**3 / 3),
+            precision="float64",
+            solves=True,
+        ),
+    )
 
-    Factor of the covariance N^3 / 3 and its product with the weights 2 O N^2 (least squares), or
-    the products of columns 2 O N^2 alone; for a block ranked by `obs` one more factor, its inverse
-    and the updates after every removal, about 7/3 N^3 + O N^2; with `ridge: auto` five factors
-    more, with two cuts compared each.
+
+def ranking(shapes: Shapes, settings: PruningSettings) -> tuple[Work, ...]:
+    """Return what turns statistics into an order, corrections and their errors, in float64.
+
+    Factor of the covariance N^3 / 3, its product with the weights 2 O N^2, its inverse N^3 / 3 and
+    what cuts change O N^2 (least squares), or the products of columns 2 O N^2 alone; where errors
+    are measured by curvature 4 O^2 N for order and errors; for a block ranked by `obs` one more
+    factor, its inverse and the updates after every removal, about 7/3 N^3 + O N^2; with `ridge:
+    auto` five factors more, with two cuts compared each.
     """
     corrects = settings.reconstruction == "least_squares"
-    solves = shapes.over_layers(lambda _, n: n**3 / 3) if corrects else 0.0
-    products = shapes.over_layers(lambda o, n: 2 * o * n * n)
+    solves = shapes.over_layers(lambda _, n: 2 / 3 * n**3) if corrects else 0.0
+    products = shapes.over_layers(lambda o, n: (3 if corrects else 2) * o * n * n)
+    if settings.fisher_tokens:
+        products += shapes.over_layers(lambda o, n: 4 * o * o * n)
     metrics = (settings.attention_metric or settings.metric, settings.metric)
     for metric, n in zip(metrics, shapes.inputs, strict=True):
         if metric == "obs":

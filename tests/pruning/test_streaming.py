@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from pruning import spool as spooling
 from pruning.architecture import FAMILIES
+from pruning.curvature import stream_curvature
 from pruning.elastic import ElasticModel
 from pruning.elastic_layer import Recipe
 from pruning.elastic_layerwise import LayerwiseElastic
@@ -113,14 +114,27 @@ def test_ranking_and_scores_are_those_of_the_model_in_memory(
     tokens, others = make_tokens(12, 16), make_tokens(7, 14, seed=3)
     recipe = Recipe("wifv", reconstruction, "auto", unit, attention_metric="obs")
     spools = (None, Spool(tmp_path / "spool"))
-    one, ranked = (
-        ElasticModel.rank(model, *family_of(model), tokens, recipe, batch_size=3, spool=spool)
+    curvature = [
+        stream_curvature(model, family_of(model)[0], tokens, batch_size=5, spool=spool)
         for model, spool in zip(models, spools, strict=True)
+    ]
+    one, ranked = (
+        ElasticModel.rank(
+            model,
+            *family_of(model),
+            tokens,
+            recipe,
+            batch_size=3,
+            curvature=measures,
+            spool=spool,
+        )
+        for model, spool, measures in zip(models, spools, curvature, strict=True)
     )
     streamed = LayerwiseElastic(ranked, batch_size=3)
     grid = Grid.of(family_of(models[0])[1], 8, unit)
-    for a, b in zip(one.layers, streamed.layers, strict=True):
+    for a, b, here, there in zip(one.layers, streamed.layers, *curvature, strict=True):
         assert a.cut_errors(grid) == b.cut_errors(grid)
+        assert a.cut_errors(grid, here) == b.cut_errors(grid, there)
         assert (a.ridges, a.facts) == (b.ridges, b.facts)
         for name in ("groups", "heads", "channels"):
             assert torch.equal(getattr(a.order, name), getattr(b.order, name))

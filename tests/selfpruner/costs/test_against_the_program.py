@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from evaluators.memory import weight_bytes
 from pruning import elastic, loading, refit
+from pruning.curvature import stream_curvature
 from pruning.elastic import ElasticModel
 from pruning.elastic_layer import ElasticLayer, Recipe
 from pruning.families import family_of
@@ -90,7 +93,7 @@ def test_what_a_streamed_run_keeps_on_disk(reconstruction: str, tmp_path: Path) 
     dense = Running(architecture, "float32")
     said = MemoryModel(config, dense, replace(dense, kept=0.7), 3)
     written = sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert said.scratch() - said.finished == pytest.approx(written, rel=0.05)
+    assert said.cuts == pytest.approx(written, rel=0.05)
     assert said.finished == 6 * replace(dense, kept=0.7).weight_bytes
 
 
@@ -112,6 +115,39 @@ def test_gram_matrices_have_the_operations_that_are_counted() -> None:
     blocks = Running(architecture, "float32").passes(128, 32, 4).flops
     grams = surgery.gram(surgery.Shapes.of(architecture), 128).flops
     assert blocks + grams == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+class _Operations(TorchDispatchMode):
+    """Counts operations as `FlopCounterMode` does, which cannot follow `autograd.grad`."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.total += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=found)
+        return found
+
+
+def test_curvature_has_the_operations_and_the_bytes_that_are_counted(tmp_path: Path) -> None:
+    model = _model()
+    family, architecture = family_of(model)
+    tokens = torch.randint(0, 96, (4, 32))
+    with _Operations() as counter:
+        found = stream_curvature(model, family, tokens, batch_size=4, spool=Spool(tmp_path))
+    dense, shapes = Running(architecture, "float32"), surgery.Shapes.of(architecture)
+    passes = dense.passes(3 * 128, 32, 4, head=2 * 128).flops
+    fisher, _ = surgery.curvature(shapes, 128)
+    # Of attention's products of queries with keys and with values the way back makes twice as many.
+    assert passes + fisher.flops == pytest.approx(counter.total, rel=0.05)
+    settings = ("memory=streamed", "data.choices=0", "evaluation.tasks=[]", "search.allocator=cma")
+    config = _config("pruning.fisher_tokens=128", *settings)
+    said = MemoryModel(config, dense, replace(dense, kept=0.7), 1)
+    written = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert said.fisher == pytest.approx(written, rel=0.05)
+    in_memory = _config("pruning.fisher_tokens=128")
+    roots = MemoryModel(in_memory, dense, replace(dense, kept=0.7), 1).curvature().statistics
+    assert roots == _bytes([x for layer in found for x in (layer.attention, layer.mlp)])
 
 
 def test_constants_are_the_program_s_own() -> None:

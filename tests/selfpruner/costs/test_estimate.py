@@ -67,7 +67,7 @@ def test_seventy_billion_parameters_are_138_gigabytes_and_fit_no_device(
     held = 80 * sum(4 * n * n + 8 * 8192 * n for n in (8192, 28672))
     assert stage(found, "search").memory.corrections == held
     text = "\n".join(notes(found))
-    assert "Does not fit one device: calibrate, rank, correct, search" in text
+    assert "Does not fit one device: curvature, calibrate, rank, correct, search" in text
     assert f"{found.peak.devices_needed} such devices would hold it" in text
     assert found.peak.devices_needed > 1
 
