@@ -86,6 +86,7 @@ def main() -> None:
             "metrics": [config.pruning.attention_metric, config.pruning.metric],
             "allocator": config.search.allocator,
             **({} if options.scale == 1 else {"scale": options.scale}),
+            **_measure(config),
         }
         for (row, share), config in configs.items()
     ]
@@ -103,6 +104,12 @@ def main() -> None:
             return _figures(arena(_shared(config)).proposing(config), progress)
 
         print(_table(run_cells(RESULTS, cells, figures)))
+
+
+def _measure(config: RunConfig) -> dict[str, int]:
+    """Return what a cell tells of the curvature, nothing where there is none."""
+    tokens = config.pruning.fisher_tokens
+    return {"fisher_tokens": tokens} if tokens else {}
 
 
 def _configs(options: argparse.Namespace) -> dict[tuple[str, float], RunConfig]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pruning.families import Family, run_attention, run_layer, run_mlp
 from pruning.reconstruction.damping import factored
@@ -94,12 +95,13 @@ def _back(
     """Take the gradients (B, T, D) from behind a layer to before it; return the roots on the way.
 
     What a block writes is added to the residual stream, so that the gradient of its output is
-    that of the stream behind it.
+    that of the stream behind it. Attention goes the plain way: on a GPU the gradients of its fused
+    kernels differ from call to call, and a resumed run has to find the same ranking.
     """
     attention, mlp = _Fisher(), _Fisher()
     for index, entering in enumerate(inputs):
         mlp.add(gradients[index])
-        with torch.enable_grad():
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             before = entering.detach().requires_grad_()
             middle = run_attention(layer, before, rotary)
             cut = middle.detach().requires_grad_()

@@ -81,8 +81,10 @@ class MemoryModel:
 
     @property
     def fisher_tokens(self) -> int:
-        """Tokens by which the curvature is measured."""
-        return min(self.config.pruning.fisher_tokens, self.config.data.calibrate.tokens)
+        """Tokens by which the curvature is measured: whole sequences, one at least."""
+        wanted, data = self.config.pruning.fisher_tokens, self.config.data
+        sequences = min(max(1, wanted // data.length), data.calibrate.tokens // data.length)
+        return sequences * data.length if wanted else 0
 
     @property
     def fisher(self) -> float:
@@ -99,14 +101,18 @@ class MemoryModel:
         """Return the peak on the way back: the inputs of all layers, all roots but one layer's.
 
         Beside them gradients, 512 rows of logits and of what comes back, and what a layer keeps of
-        one micro-batch for its way back, about three times its activations.
+        one micro-batch for its way back: about three times its activations, and three matrices of
+        attention scores in float32.
         """
+        length, model = self.config.data.length, self._architecture
+        rows = min(self.config.evaluation.batch_size, self.fisher_tokens // length)
+        scores = 12 * rows * model.heads * length**2
         logits = 512 * self._architecture.vocabulary * (4 + 2 * BYTES[self.dense.precision])
         held = Memory(
             weights=self.dense.weight_bytes,
             statistics=self._roots,
             streams=(self._architecture.layers + 2) * self._stream(self.fisher_tokens),
-            working=max(3 * self._activations(self.config.data.length), logits),
+            working=max(3 * self._activations(length) + scores, logits),
         )
         if self.is_streamed:
             layers = self._architecture.layers

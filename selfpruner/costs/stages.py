@@ -103,7 +103,7 @@ class RunStages:
 
     def curvature(self) -> Stage:
         """Return the way through the dense model and back, where units are measured by that."""
-        tokens = self._fisher_tokens
+        tokens = self.memory.fisher_tokens
         if not tokens:
             return Stage("curvature", (), Memory())
         works = (*self._curvature(), *self._read(2 * self.dense.weight_bytes + self.memory.fisher))
@@ -301,10 +301,6 @@ class RunStages:
         return self._whole(self.config.data.calibrate.tokens)
 
     @property
-    def _fisher_tokens(self) -> int:
-        return self._whole(self.memory.fisher_tokens)
-
-    @property
     def _search_tokens(self) -> int:
         return self._whole(self.config.data.search.tokens)
 
@@ -358,7 +354,7 @@ class RunStages:
 
     def _curvature(self) -> tuple[Work, ...]:
         """Return the passes: up, and on the way down each layer once more and back through it."""
-        tokens, length = self._fisher_tokens, self._length
+        tokens, length = self.memory.fisher_tokens, self._length
         if not tokens:
             return ()
         passes = self.dense.passes(3 * tokens, length, self._rows, head=2 * tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -12,10 +13,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from agent.allocators import uniform
 from pruning import elastic
+from pruning.curvature import stream_curvature
+from pruning.elastic import ElasticModel
 from pruning.elastic_layerwise import LayerwiseElastic
 from pruning.export import export
 from pruning.loading import load
+from pruning.ranking import order_hash
 from selfpruner.config import load_config
 from selfpruner.costs import memory
 from selfpruner.costs.memory import MemoryModel
@@ -52,6 +57,41 @@ def test_cuts_that_take_solving_and_do_not_fit_go_layer_by_layer(
     assert isinstance(prunable, LayerwiseElastic) is layerwise
     running = Running(bench.architecture, "float32")
     assert MemoryModel(config, running, running, 1).caches_plans is not layerwise
+
+
+@pytest.mark.parametrize("setting", ["ridge=0.1", "calibration=auto", "statistics=sequential"])
+def test_cuts_are_measured_by_curvature_where_it_is_asked_for(tiny_run: Path, setting: str) -> None:
+    """On whole sequences from the start of the calibration text: 70 tokens are two of 32."""
+    settings = [f"pruning.{setting}", "search.allocator=guided", "data.length=32"]
+    configs = [
+        load_config(tiny_run, settings=[*settings, f"pruning.fisher_tokens={tokens}"])
+        for tokens in (70, 0)
+    ]
+    bench = prepare(configs[0], Progress(StringIO()))
+    progress = Progress(StringIO())
+    prunable, measured = rank(bench, progress)
+    assert "curvature" in progress.seconds
+    text = bench.texts.calibrate[:2]
+    curvature = stream_curvature(bench.model, bench.family, text, seed=bench.config.seed)
+    ranked = ElasticModel.rank(
+        bench.model,
+        bench.family,
+        bench.architecture,
+        bench.texts.calibrate,
+        bench.recipe,
+        batch_size=bench.config.evaluation.batch_size,
+        curvature=curvature,
+    )
+    expected = [x.cut_errors(bench.grid, y) for x, y in zip(ranked.layers, curvature, strict=True)]
+    flat = [x for layer in measured for block in layer for x in block]
+    assert flat == pytest.approx([x for layer in expected for y in layer for x in y], rel=1e-4)
+    plan = bench.grid.plan(uniform(bench.space))
+    if setting != "statistics=sequential":
+        assert order_hash(prunable.orders(plan)) == order_hash(ranked.orders(plan))
+    progress = Progress(StringIO())
+    _, plain = rank(replace(bench, config=configs[1]), progress)
+    assert "curvature" not in progress.seconds
+    assert flat != [x for layer in plain for block in layer for x in block]
 
 
 @pytest.mark.parametrize("memory", ["whole", "streamed"])

@@ -141,11 +141,11 @@ def test_curvature_has_the_operations_and_the_bytes_that_are_counted(tmp_path: P
     # Of attention's products of queries with keys and with values the way back makes twice as many.
     assert passes + fisher.flops == pytest.approx(counter.total, rel=0.05)
     settings = ("memory=streamed", "data.choices=0", "evaluation.tasks=[]", "search.allocator=cma")
-    config = _config("pruning.fisher_tokens=128", *settings)
+    config = _config("pruning.fisher_tokens=128", "data.length=32", *settings)
     said = MemoryModel(config, dense, replace(dense, kept=0.7), 1)
     written = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert said.fisher == pytest.approx(written, rel=0.05)
-    in_memory = _config("pruning.fisher_tokens=128")
+    in_memory = _config("pruning.fisher_tokens=128", "data.length=32")
     roots = MemoryModel(in_memory, dense, replace(dense, kept=0.7), 1).curvature().statistics
     assert roots == _bytes([x for layer in found for x in (layer.attention, layer.mlp)])
 
