@@ -32,10 +32,10 @@ def uniform_mlp(space: Space) -> Levels:
 def heuristic(space: Space, sensitivity: Sensitivity) -> Levels:
     """Return the plan of least summed cut error under the additive model, greedily.
 
-    `sensitivity[layer][block][level]` is the relative output error of keeping that level. The
-    cuts of each block are taken along the lower convex hull of error over cost, cheapest error
-    per cost first, so that a coarse attention unit competes with many MLP steps at once; this is
-    the greedy solution of the multiple-choice knapsack (its linear relaxation up to one cut).
+    `sensitivity[layer][block][level]` is the error of keeping that level. The cuts of each block
+    are taken along the lower convex hull of error over cost, cheapest error per cost first, so
+    that a coarse attention unit competes with many MLP steps at once; this is the greedy solution
+    of the multiple-choice knapsack (its linear relaxation up to one cut).
     """
     top = [bound[1] for bound in space.bounds]
     levels = [(top[0], top[1])] * space.layers

@@ -78,8 +78,8 @@ def stream_curvature(
     gradients = [_head_gradient(model, family, x, generator) for x in hidden]
     found = list[LayerCurvature]()
     for index in reversed(range(len(layers))):
+        entering = inputs.pop()
         for layer in layers[index : index + 1]:
-            entering = inputs.pop()
             roots = _back(layer, [entering[str(i)] for i in range(len(hidden))], gradients, rotary)
             found.append(LayerCurvature(keeps[index](roots)))
         on_layer()
