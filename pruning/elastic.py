@@ -111,8 +111,8 @@ class ElasticModel:
         ):
             own = recipe.for_layer(index)
             keep = held if spool is None else spool.of_layer(index)
-            errors = None if curvature is None else curvature[index]
-            layers.append(ElasticLayer(layer, family, architecture, measured, own, keep, errors))
+            measure = None if curvature is None else curvature[index]
+            layers.append(ElasticLayer(layer, family, architecture, measured, own, keep, measure))
             on_layer(index)
         return cls(model, family, layers)
 
