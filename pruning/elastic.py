@@ -211,20 +211,26 @@ def run_plan(
     return final
 
 
+Run = Callable[[nn.Module, Tensor, tuple[Tensor, Tensor]], Tensor]
+
+
 def run_cut_layer(
     layer: nn.Module,
     plan: LayerPlan,
     parameters: LayerParameters,
     hidden_BTD: Tensor,
     rotary: tuple[Tensor, Tensor],
+    run: Run = run_layer,
 ) -> Tensor:
-    """Return the output of a stock layer that runs on other parameters than its own."""
+    """Return the output of a stock layer, or of a part of it, on other parameters than its own."""
     attention = layer.get_submodule("self_attn")
     dense_groups = attention.num_key_value_groups
     attention.num_key_value_groups = plan.q_per_group  # type: ignore[assignment]
     try:
         output: Tensor = functional_call(
-            _Call(layer), {f"layer.{k}": v for k, v in parameters.items()}, (hidden_BTD, rotary)
+            _Call(layer, run),
+            {f"layer.{k}": v for k, v in parameters.items()},
+            (hidden_BTD, rotary),
         )
     finally:
         attention.num_key_value_groups = dense_groups
@@ -232,14 +238,14 @@ def run_cut_layer(
 
 
 class _Call(nn.Module):
-    """A module whose forward is `run_layer`, for functional_call."""
+    """A module whose forward runs a layer or a part of it, for functional_call."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, run: Run) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self._run = layer, run
 
     def forward(self, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        return run_layer(self.layer, hidden_BTD, rotary)
+        return self._run(self.layer, hidden_BTD, rotary)
 
 
 def _num_bytes(parameters: LayerParameters) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from pruning.architecture import Architecture
 from pruning.curvature import LayerCurvature
@@ -18,7 +19,7 @@ from pruning.metrics.registry import REMOVAL_METRICS
 from pruning.output_projection import OutputProjection, output_projections
 from pruning.plan import AttentionUnit, Grid, LayerPlan
 from pruning.ranking import Order, head_rows, order_of, permuted, unit_scores
-from pruning.reconstruction.correction import correction
+from pruning.reconstruction.correction import OutputGradient, correction
 from pruning.reconstruction.ridge import Ridge, held_out_ridge
 from pruning.spool import Keep, held
 from pruning.statistics import LayerStatistics
@@ -192,6 +193,25 @@ class ElasticLayer:
         """Return all parameters of the layer under `plan`, named as in the stock layer."""
         return self.inputs(plan) | self.attention_output(plan) | self.mlp_output(plan)
 
+    def padded(self, plan: LayerPlan) -> LayerParameters:
+        """Return parameters of the dense shape that compute what `plan` does, in rank order.
+
+        The output projections have zeros where they have no channels.
+        """
+        dense = LayerPlan(
+            self._architecture.kv_heads, self._architecture.q_per_group, self._architecture.mlp
+        )
+        head_dim, family = self._architecture.head_dim, self._family
+        attention, mlp = self.attention_output(plan), self.mlp_output(plan)
+        name = f"{family.o}.weight"
+        kept = attention[name].unflatten(1, (plan.kv_groups, plan.q_per_group, head_dim))
+        wide = kept.new_zeros(len(kept), dense.kv_groups, dense.q_per_group, head_dim)
+        wide[:, : plan.kv_groups, : plan.q_per_group] = kept
+        attention[name] = wide.flatten(1)
+        name = f"{family.down}.weight"
+        mlp[name] = pad(mlp[name], (0, dense.mlp_channels - plan.mlp_channels))
+        return self.inputs(dense) | attention | mlp
+
     def cut_errors(
         self, grid: Grid, curvature: LayerCurvature | None = None
     ) -> tuple[list[float], list[float]]:
@@ -202,10 +222,7 @@ class ElasticLayer:
         the residual stream that the block writes to. Comparable across layers and blocks, 0 at the
         dense level.
         """
-        widths = [
-            layer.kv_groups * layer.q_per_group * self._architecture.head_dim
-            for layer in (grid.layer(level, 0) for level in range(len(grid.attention)))
-        ]
+        widths = self._attention_widths(grid)
         if curvature is None:
             attention = self._attention.errors(widths) / self.residual_energy[0]
             mlp = self._mlp.errors(grid.mlp) / self.residual_energy[1]
@@ -213,3 +230,30 @@ class ElasticLayer:
             attention = self._attention.errors(widths, curvature.attention)
             mlp = self._mlp.errors(grid.mlp, curvature.mlp)
         return attention.tolist(), mlp.tolist()
+
+    def slopes(
+        self, grid: Grid, attention: OutputGradient, mlp: OutputGradient
+    ) -> tuple[list[float], list[float]]:
+        """Return what keeping each attention and MLP level adds to a loss, to first order.
+
+        The gradients are those of the loss in what both blocks write under some plan, met with the
+        inputs of the dense blocks' output projections there, as `inputs` orders them. Only
+        differences between levels of a block mean anything.
+        """
+        if self._unit == "query_head":
+            attention = replace(attention, cross=self._by_rank(attention.cross))
+        return (
+            self._attention.slopes(self._attention_widths(grid), attention).tolist(),
+            self._mlp.slopes(grid.mlp, mlp).tolist(),
+        )
+
+    def _attention_widths(self, grid: Grid) -> list[int]:
+        """Return how many channels of the attention's output projection each level keeps."""
+        layers = [grid.layer(level, 0) for level in range(len(grid.attention))]
+        return [x.kv_groups * x.q_per_group * self._architecture.head_dim for x in layers]
+
+    def _by_rank(self, columns_ON: Tensor) -> Tensor:
+        """Return columns that stand group by group rank by rank, as their correction has them."""
+        groups, head_dim = self._architecture.kv_heads, self._architecture.head_dim
+        grouped: Tensor = columns_ON.unflatten(1, (groups, -1, head_dim))
+        return grouped.transpose(1, 2).flatten(1)

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from evaluators.choices import EncodedChoices, choice_margins
 from evaluators.divergence import DenseReference, TopReference, negative_log_likelihood
+from pruning.elastic import ElasticModel
 from pruning.elastic_layerwise import LayerwiseElastic
 from pruning.families import Family
-from pruning.plan import Plan
+from pruning.plan import Grid, Plan
+from pruning.slopes import Slopes, stream_slopes
 from pruning.streaming import final_states, is_streamed
 from selfpruner.latency_table import LatencyTable
 
@@ -132,6 +134,27 @@ class Fitness:
             scores[row] += self._of_plans[plan]
         return scores
 
+    def slopes(self, plan: Plan, grid: Grid, sequences: Sequence[int]) -> Slopes:
+        """Return what every level of `grid` would add to the text terms of `plan`, to first order.
+
+        In the mean over the sequences asked for, 0 at the plan's own levels.
+
+        Raises:
+            ValueError: a gradient is not finite, or what runs has one plan only.
+        """
+        if not isinstance(self._runs, ElasticModel):
+            raise ValueError("slopes: a finished model has no other levels")
+        self._refer(sequences)
+        chosen = list(sequences)
+
+        def gradient(rows: range, hidden_BTD: Tensor) -> Tensor:
+            found = [self._gradient(chosen[i], x) for i, x in zip(rows, hidden_BTD, strict=True)]
+            return torch.stack(found) / len(chosen)
+
+        return stream_slopes(
+            self._runs, plan, grid, self._tokens[chosen], gradient, batch_size=self._batch_size
+        )
+
     def accuracy(self, plan: Plan) -> float:
         """Return the share of commonsense items that `plan` answers rightly.
 
@@ -143,20 +166,32 @@ class Fitness:
     def _text_terms(self, sequences: Sequence[int], hidden_BTD: Tensor) -> NDArray[np.float64]:
         """Return the weighted text terms of one plan on a micro-batch of sequences (B,)."""
         total = np.zeros(len(sequences))
-        head = self._family.head(self._dense)
-        for name in TEXT_TERMS:
-            weight = self._weights.get(name)
-            if not weight:
-                continue
-            for row, sequence in enumerate(sequences):
-                hidden = hidden_BTD[row, :-1]
-                if name == "perplexity":
-                    targets = self._tokens[sequence, 1:].to(hidden.device)
-                    losses = negative_log_likelihood(hidden, head, targets)
-                else:
-                    losses = self._references[name, sequence].kl(hidden)
+        for row, sequence in enumerate(sequences):
+            for weight, losses in self._losses(sequence, hidden_BTD[row, :-1]):
                 total[row] += weight * float(losses.double().mean())
         return total
+
+    def _losses(self, sequence: int, hidden_TD: Tensor) -> Iterator[tuple[float, Tensor]]:
+        """Yield the weight and the loss at each token of every text term; no token is the last."""
+        head = self._family.head(self._dense)
+        for name in TEXT_TERMS:
+            if name not in self._weights:
+                continue
+            if name == "perplexity":
+                targets = self._tokens[sequence, 1:].to(hidden_TD.device)
+                losses = negative_log_likelihood(hidden_TD, head, targets)
+            else:
+                losses = self._references[name, sequence].kl(hidden_TD)
+            yield self._weights[name], losses
+
+    def _gradient(self, sequence: int, last_TD: Tensor) -> Tensor:
+        """Return the gradient (T, D) of the text terms where the last layer ends."""
+        with torch.enable_grad():
+            last = last_TD.detach().requires_grad_()
+            hidden = self._family.final_norm(self._dense)(last)
+            losses = [weight * x.mean() for weight, x in self._losses(sequence, hidden[:-1])]
+            (gradient,) = torch.autograd.grad(torch.stack(losses).sum(), last)
+        return gradient
 
     def _refer(self, sequences: Sequence[int]) -> None:
         """Run the dense model on the sequences that no reference is there for yet."""

@@ -11,6 +11,7 @@ Shapes: O output channels, N input channels, k kept.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -23,6 +24,23 @@ from pruning.statistics import BlockStatistics
 Reconstruction = Literal["none", "bias", "least_squares"]
 
 
+@dataclass(frozen=True)
+class OutputGradient:
+    """The gradient g (O,) of a loss in a block's output y, summed up over tokens.
+
+    Attributes:
+        cross: sum of g x' (O, N), x what enters the output projection, in rank order.
+        total: sum of g (O,).
+    """
+
+    cross: Tensor
+    total: Tensor
+
+    def centred(self, mean_N: Tensor) -> Tensor:
+        """Return the sum of g (x - mu)' (O, N)."""
+        return self.cross - torch.outer(self.total, mean_N)
+
+
 class Correction(Protocol):
     """What the survivors carry after a cut."""
 
@@ -31,6 +49,13 @@ class Correction(Protocol):
 
     def errors(self, cuts: Sequence[int], root_OO: Tensor | None = None) -> Tensor:
         """Return E|R (y - y_k)|^2 per token for each k of `cuts`, float64; 0 for N."""
+
+    def slopes(self, cuts: Sequence[int], gradient: OutputGradient) -> Tensor:
+        """Return the sum of g' (y_k - y_0) over tokens for each k of `cuts`, float64.
+
+        Differences between two cuts are what going from one to the other adds to the loss, to
+        first order.
+        """
 
 
 class NoCorrection:
@@ -47,6 +72,10 @@ class NoCorrection:
         """Return tr(V_r H_rr V_r') with V = R W for the removed suffix r of every cut."""
         weight = _measured(self._kept["weight"], root_OO)
         return _suffix_energy(weight, self._kept["moments"])[list(cuts)]
+
+    def slopes(self, cuts: Sequence[int], gradient: OutputGradient) -> Tensor:
+        """Return tr(W_k G_k') for the first k columns of W and G = sum g x'."""
+        return _prefix_products(self._kept["weight"], gradient.cross)[list(cuts)]
 
 
 class BiasCorrection:
@@ -68,6 +97,11 @@ class BiasCorrection:
         """Return tr(V_r C_rr V_r') with V = R W and the covariance C of the removed suffix r."""
         weight = _measured(self._kept["weight"], root_OO)
         return _suffix_energy(weight, self._kept["moments"])[list(cuts)]
+
+    def slopes(self, cuts: Sequence[int], gradient: OutputGradient) -> Tensor:
+        """Return tr(W_k G_k') with G = sum g (x - mu)': the bias keeps the mean of the output."""
+        centred_ON = gradient.centred(self._kept["mean"])
+        return _prefix_products(self._kept["weight"], centred_ON)[list(cuts)]
 
 
 class LeastSquaresCorrection:
@@ -124,6 +158,15 @@ class LeastSquaresCorrection:
             end = kept
         return errors.clamp_min(0)
 
+    def slopes(self, cuts: Sequence[int], gradient: OutputGradient) -> Tensor:
+        """Return tr(W_k G_k') with G = sum g (x - mu)', for all cuts by one triangular solve.
+
+        W_k G_k' = M_k L_kk^-1 G_k', and the first k rows of L^-1 G' are L_kk^-1 G_k'.
+        """
+        centred_ON = gradient.centred(self._kept["mean"])
+        solved_NO = torch.linalg.solve_triangular(self._kept["factor"], centred_ON.T, upper=False)
+        return _prefix_products(self._kept["product"], solved_NO.T)[list(cuts)]
+
 
 def correction(
     name: str, weight_ON: Tensor, statistics: BlockStatistics, ridge: float, keep: Keep = held
@@ -157,6 +200,12 @@ def _inverse_rows(factor_NN: Tensor, start: int, end: int) -> Tensor:
 def _measured(weight_ON: Tensor, root_OO: Tensor | None) -> Tensor:
     """Return R W, or W where there is no R."""
     return weight_ON if root_OO is None else root_OO.to(weight_ON) @ weight_ON
+
+
+def _prefix_products(left_ON: Tensor, right_ON: Tensor) -> Tensor:
+    """Return the sum of the products of the first k columns for k = 0..N (N + 1,), float64."""
+    sums = (left_ON * right_ON).sum(0).double().cumsum(0)
+    return torch.cat([sums.new_zeros(1), sums])
 
 
 def _suffix_sums(values_N: Tensor) -> Tensor:
