@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from agent import population
+from agent import descent, population
 from agent.candidate import Candidate
 from agent.cma import sampled_shares
 from agent.knapsack import knapsack
@@ -139,6 +139,17 @@ class Guided(Genetic):
         return _mutated(context, levels, attempt // 8, rng)
 
 
+class Descent(Evolution):
+    """Steps of different lengths from the best plan so far, downhill along its slopes."""
+
+    def plan(self, context: SearchContext, slot: Slot, rng: Generator, attempt: int) -> Levels:
+        """Return the best plan within a damping; later attempts draw another, then mutate."""
+        levels = descent.step(context, slot, rng)
+        if levels is None:
+            return CLASSICAL["guided"].plan(context, slot, rng, attempt)
+        return _mutated(context, levels, attempt // 8, rng)
+
+
 CLASSICAL: dict[str, Classical] = {
     "random": Random(),
     "random_seeded": RandomSeeded(),
@@ -146,6 +157,7 @@ CLASSICAL: dict[str, Classical] = {
     "evolution": Evolution(),
     "cma": Cma(),
     "guided": Guided(),
+    "descent": Descent(),
 }
 
 

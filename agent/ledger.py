@@ -114,8 +114,29 @@ class Anchor:
         return Fraction(self.scored, len(self.values)) if self.generation else Fraction()
 
 
+@dataclass(frozen=True)
+class SlopeLine:
+    """One line of `slopes.jsonl`: what other levels would add to a plan's fitness, to first order.
+
+    Attributes:
+        generation: after which they were measured, -1 before the first.
+        genotype: of the plan, `(kv groups, query heads a group, MLP channels)` by layer.
+        charge: full evaluations that measuring counts as.
+        table: `[layer][block][level]`, block 0 attention and 1 MLP, 0 at the plan's own levels.
+    """
+
+    generation: int
+    genotype: tuple[tuple[int, int, int], ...]
+    charge: Fraction
+    table: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data; the charge as a pair of whole numbers."""
+        return {**asdict(self), "charge": self.charge.as_integer_ratio()}
+
+
 class Ledger:
-    """The lines of `candidates`, `llm`, `probes` and `anchors.jsonl` in one run folder.
+    """The lines of `candidates`, `llm`, `probes`, `anchors` and `slopes.jsonl` in one run folder.
 
     Each line is flushed as it is written. A torn last line (a run that was killed while it wrote)
     is cut when the ledger is opened; a broken line elsewhere is an error.
@@ -132,6 +153,7 @@ class Ledger:
         self._llm_path = folder / "llm.jsonl"
         self._probe_path = folder / "probes.jsonl"
         self._anchor_path = folder / "anchors.jsonl"
+        self._slopes_path = folder / "slopes.jsonl"
         self._candidates = [
             _candidate(x, f"{self._candidate_path.name}, line {n}")
             for n, x in enumerate(_read(self._candidate_path, mend=True), 1)
@@ -144,6 +166,10 @@ class Ledger:
         self._anchors = [
             _anchor(x, f"{self._anchor_path.name}, line {n}")
             for n, x in enumerate(_read(self._anchor_path, mend=True), 1)
+        ]
+        self._slopes = [
+            _slopes(x, f"{self._slopes_path.name}, line {n}")
+            for n, x in enumerate(_read(self._slopes_path, mend=True), 1)
         ]
         self._by_key = {x.key: x for x in self._candidates}
         self._attempts: dict[tuple[int, int, int, str], list[LlmLine]] = {}
@@ -166,6 +192,10 @@ class Ledger:
         """Return the scores of what each generation is compared with, in their order."""
         return list(self._anchors)
 
+    def slopes(self) -> list[SlopeLine]:
+        """Return all slopes in the order of measuring."""
+        return list(self._slopes)
+
     def find(self, key: str) -> Candidate | None:
         """Return the candidate whose plan has this key, if it was scored."""
         return self._by_key.get(key)
@@ -187,7 +217,8 @@ class Ledger:
 
         Probes come before all generations.
         """
-        pool: list[Candidate | Anchor] = [*self._candidates, *self._anchors]
+        pool: list[Candidate | Anchor | SlopeLine]
+        pool = [*self._candidates, *self._anchors, *self._slopes]
         charges = [x.charge for x in pool if before is None or x.generation < before]
         return sum(charges, sum((x.charge for x in self._probes), Fraction()))
 
@@ -226,6 +257,11 @@ class Ledger:
         """Append the scores of what one generation is compared with."""
         _append(self._anchor_path, asdict(anchor))
         self._anchors.append(anchor)
+
+    def add_slopes(self, slopes: SlopeLine) -> None:
+        """Append the slopes of one plan."""
+        _append(self._slopes_path, slopes.to_json())
+        self._slopes.append(slopes)
 
     def _file(self, line: LlmLine) -> None:
         place = (line.generation, line.slot, line.attempt, line.prompt_hash)
@@ -268,6 +304,15 @@ def _anchor(data: Any, where: str) -> Anchor:
         raise ValueError(f"{where}: not an anchor as this version writes it")
     lists = {name: tuple(data[name]) for name in ("sequences", "values")}
     return Anchor(**{**data, **lists})
+
+
+def _slopes(data: Any, where: str) -> SlopeLine:
+    names = {field.name for field in fields(SlopeLine)}
+    if not isinstance(data, dict) or set(data) != names or not data["table"]:
+        raise ValueError(f"{where}: not slopes as this version writes them")
+    genotype = tuple((a, b, c) for a, b, c in data["genotype"])
+    table = tuple((tuple(a), tuple(m)) for a, m in data["table"])
+    return SlopeLine(data["generation"], genotype, Fraction(*data["charge"]), table)
 
 
 def _append(path: Path, data: dict[str, Any]) -> None:

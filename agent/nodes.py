@@ -7,7 +7,7 @@ from typing import Any, cast
 from langgraph.config import get_stream_writer
 from langgraph.runtime import Runtime
 
-from agent import population, probes
+from agent import descent, population, probes
 from agent.candidate import Candidate, Scores
 from agent.classical import operators_of
 from agent.ledger import Probe
@@ -27,6 +27,7 @@ def generate(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
     context, generation = runtime.context, state["generation"]
     for probe in probes.measured(context):
         _tell_probe(context, probe)
+    _measure_slopes(context, after=-1)
     fixed = context.fixed_plan
     if fixed is not None:
         slot = Slot(generation, 0, context.settings.allocator)
@@ -53,8 +54,9 @@ def record(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
 
 
 def select(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
-    """Choose the parents of the next generation."""
+    """Choose the parents of the next generation, and see which way is down from the best plan."""
     context = runtime.context
+    _measure_slopes(context, after=state["generation"])
     generation = state["generation"] + 1
     slot = context.settings.crossover + context.settings.mutate
     parents = choose_parents(context, generation, slot)
@@ -170,6 +172,18 @@ def _tell_probe(context: SearchContext, probe: Probe) -> None:
             "limit": context.settings.evaluations,
         }
     )
+
+
+def _measure_slopes(context: SearchContext, after: int) -> None:
+    if context.settings.uses_slopes and descent.measure(context, after):
+        get_stream_writer()(
+            {
+                "kind": "slopes",
+                "generation": after,
+                "equivalents": float(context.spending.equivalents),
+                "limit": context.settings.evaluations,
+            }
+        )
 
 
 def _extend(

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Operators = Literal["random", "random_seeded", "genetic", "evolution", "cma", "guided"]
+Operators = Literal["random", "random_seeded", "genetic", "evolution", "cma", "guided", "descent"]
 AllocatorName = Literal[
     "llm",
     "hybrid",
@@ -19,6 +19,7 @@ AllocatorName = Literal[
     "evolution",
     "cma",
     "guided",
+    "descent",
     "uniform",
     "uniform_mlp",
     "heuristic",
@@ -126,6 +127,12 @@ class SearchSettings(BaseModel):
         description="sequences on which each generation is scored, its own ones, beside the first "
         "plan; one evaluation is a plan on so many; null: every plan on all sequences",
     )
+    slopes: int = Field(
+        8,
+        ge=1,
+        description="descent: sequences on which the slopes of the best plan are measured after "
+        "each generation; one counts as four sequences of a plan",
+    )
     calls: int | None = Field(
         None, ge=0, description="limit on calls of the LLM, failed ones included; null: none"
     )
@@ -180,7 +187,13 @@ class SearchSettings(BaseModel):
     @property
     def is_elitist(self) -> bool:
         """Whether windows compare a generation with the best plan so far, not with the first."""
-        return self.classical == "evolution"
+        return self.classical in ("evolution", "descent")
+
+    @property
+    def uses_slopes(self) -> bool:
+        """Whether slopes are measured: there is a search whose classical half descends."""
+        searches = self.allocator not in get_args(SimplePlan)
+        return searches and self.classical == "descent" and self.share_asked != 1
 
     @property
     def share_asked(self) -> float | Literal["learned"]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Score = Callable[[Sequence[Plan], Sequence[int]], NDArray[np.float64]]
 Assess = Callable[[Plan], dict[str, float]]
+Slopes = Callable[[Plan, Sequence[int]], Sequence[tuple[Sequence[float], Sequence[float]]]]
 
 MAX_MLP_MOVE = 8
 
@@ -76,6 +77,8 @@ class SearchContext:
         unit_scores: `[layer][block][unit]` standardised scores in rank order, for flap_global.
         starts: plans of this budget that the first generation begins with, after the seed plan.
         model_name: hub id or path of the model that is pruned, empty where nobody is to know.
+        slopes: a plan and sequence indices to what every level of every block would add to the
+            plan's fitness, to first order, `[layer][block][level]`; None where it has none.
         earlier_probes: those of another search of the same ranked model, for one without its own.
     """
 
@@ -97,6 +100,7 @@ class SearchContext:
     unit_scores: UnitScores = ()
     starts: Sequence[Plan] = ()
     model_name: str = ""
+    slopes: Slopes | None = None
     earlier_probes: Sequence[Probe] = ()
 
     @cached_property

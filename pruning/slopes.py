@@ -24,6 +24,7 @@ from pruning.elastic_layer import LayerParameters
 from pruning.families import Family, run_attention, run_mlp
 from pruning.plan import Grid, LayerPlan, Plan
 from pruning.reconstruction.correction import OutputGradient
+from pruning.spool import Spool, Tensors, held
 from pruning.statistics import inputs_of
 
 # `[layer][block][level]`, block 0 attention and 1 MLP.
@@ -43,10 +44,12 @@ def stream_slopes(
     gradient: Gradient,
     *,
     batch_size: int = 8,
+    spool: Spool | None = None,
 ) -> Slopes:
     """Return what every level of `grid` would add to the loss of `plan`, 0 at its own levels.
 
-    `tokens_BT` are equally long sequences without padding; `gradient` says what the loss is.
+    `tokens_BT` are equally long sequences without padding; `gradient` says what the loss is;
+    `spool` takes the inputs of the layers, instead of memory.
 
     Raises:
         ValueError: a gradient is not finite.
@@ -55,9 +58,10 @@ def stream_slopes(
     batches = tokens_BT.to(family.head(model).device).split(batch_size)
     hidden = [family.embed(model, x) for x in batches]
     rotary, layers = family.rotary(model, hidden[0]), family.layers(model)
-    entering = []
+    entering = list[Tensors]()
     for index, (layer, kept) in enumerate(zip(layers, plan.layers, strict=True)):
-        entering.append(hidden)
+        keep = held if spool is None else spool.of_layer(index)
+        entering.append(keep({str(i): x for i, x in enumerate(hidden)}))
         parameters = elastic.layer_parameters(index, kept)
         hidden = [run_cut_layer(layer, kept, parameters, x, rotary) for x in hidden]
     starts = range(0, len(tokens_BT), batch_size)
@@ -70,8 +74,9 @@ def stream_slopes(
         parameters = elastic.layers[index].padded(plan.layers[index])
         for layer in layers[index : index + 1]:
             back = _Back(layer, family, grid.dense, parameters, rotary)
-            for place, before in enumerate(entering.pop()):
-                gradients[place] = back(before, gradients[place])
+            before = entering.pop()
+            for place, gradient_BTD in enumerate(gradients):
+                gradients[place] = back(before[str(place)], gradient_BTD)
         pair = elastic.layers[index].slopes(grid, back.attention.sum, back.mlp.sum)
         found.append(_from(pair, levels[index]))
     return found[::-1]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Self
 
 from agent.allocators import Sensitivity
@@ -12,6 +14,8 @@ from pruning.budget import Budget
 from pruning.elastic import Prunable
 from pruning.plan import Plan
 from pruning.ranking import order_hash
+from pruning.slopes import Slopes
+from pruning.spool import Spool
 from selfpruner.config import RunConfig
 from selfpruner.data import load_choice_items
 from selfpruner.fitness import Fitness
@@ -80,6 +84,13 @@ class Arena:
     def within(self, budget: Budget, config: RunConfig) -> Self:
         """Return this arena for another budget, with the configuration of its search."""
         return replace(self, bench=replace(self.bench, budget=budget, config=config))
+
+    def slopes(self, plan: Plan, sequences: Sequence[int]) -> Slopes:
+        """Return what every level would add to the fitness of a plan on search sequences."""
+        if self.bench.scratch is None:
+            return self.score.slopes(plan, self.bench.grid, sequences)
+        with TemporaryDirectory(dir=self.bench.scratch) as folder:
+            return self.score.slopes(plan, self.bench.grid, sequences, Spool(Path(folder)))
 
     def assess(self, plan: Plan) -> dict[str, float]:
         """Return the predicted speedup of a plan and, where there are items, its accuracy."""

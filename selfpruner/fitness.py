@@ -20,6 +20,7 @@ from pruning.elastic_layerwise import LayerwiseElastic
 from pruning.families import Family
 from pruning.plan import Grid, Plan
 from pruning.slopes import Slopes, stream_slopes
+from pruning.spool import Spool
 from pruning.streaming import final_states, is_streamed
 from selfpruner.latency_table import LatencyTable
 
@@ -96,6 +97,12 @@ class Fitness:
         return len(self._tokens)
 
     @property
+    def has_slopes(self) -> bool:
+        """Whether what plans lose on text is known to first order."""
+        terms = any(name in self._weights for name in TEXT_TERMS)
+        return terms and isinstance(self._runs, ElasticModel)
+
+    @property
     def goes_layer_by_layer(self) -> bool:
         """Whether each layer is read, or its cuts made, once a call for all plans and sequences."""
         return is_streamed(self._dense) or isinstance(self._runs, LayerwiseElastic)
@@ -134,16 +141,18 @@ class Fitness:
             scores[row] += self._of_plans[plan]
         return scores
 
-    def slopes(self, plan: Plan, grid: Grid, sequences: Sequence[int]) -> Slopes:
-        """Return what every level of `grid` would add to the text terms of `plan`, to first order.
+    def slopes(
+        self, plan: Plan, grid: Grid, sequences: Sequence[int], spool: Spool | None = None
+    ) -> Slopes:
+        """Return what every level of `grid` would add to the fitness of `plan`, to first order.
 
-        In the mean over the sequences asked for, 0 at the plan's own levels.
+        In the mean over the sequences asked for, 0 at the plan's own levels, `accuracy` left out;
+        `spool` takes the inputs of the layers.
 
         Raises:
-            ValueError: a gradient is not finite, or what runs has one plan only.
+            ValueError: a gradient is not finite.
         """
-        if not isinstance(self._runs, ElasticModel):
-            raise ValueError("slopes: a finished model has no other levels")
+        assert isinstance(self._runs, ElasticModel), "ask has_slopes first"
         self._refer(sequences)
         chosen = list(sequences)
 
@@ -151,9 +160,16 @@ class Fitness:
             found = [self._gradient(chosen[i], x) for i, x in zip(rows, hidden_BTD, strict=True)]
             return torch.stack(found) / len(chosen)
 
-        return stream_slopes(
-            self._runs, plan, grid, self._tokens[chosen], gradient, batch_size=self._batch_size
+        found = stream_slopes(
+            self._runs,
+            plan,
+            grid,
+            self._tokens[chosen],
+            gradient,
+            batch_size=self._batch_size,
+            spool=spool,
         )
+        return self._with_latency(found, grid, plan)
 
     def accuracy(self, plan: Plan) -> float:
         """Return the share of commonsense items that `plan` answers rightly.
@@ -213,6 +229,25 @@ class Fitness:
             assert self._speed is not None
             total += weight / self._speed.speedup(plan)
         return total
+
+    def _with_latency(self, slopes: Slopes, grid: Grid, plan: Plan) -> Slopes:
+        """Return the slopes with what the levels add to the weighted share of the dense time."""
+        weight = self._weights.get("latency")
+        if not weight:
+            return slopes
+        assert self._speed is not None
+        times, dense = self._speed.times(grid), 1e6 * self._speed.dense_milliseconds
+        found = []
+        for pair, levels in zip(slopes, grid.levels(plan), strict=True):
+            attention, mlp = (
+                [
+                    slope + weight * (time - row[own]) / dense
+                    for slope, time in zip(block, row, strict=True)
+                ]
+                for block, row, own in zip(pair, (times.attention, times.mlp), levels, strict=True)
+            )
+            found.append((attention, mlp))
+        return found
 
     def _margins(self, plan: Plan) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         if self._choices is None:

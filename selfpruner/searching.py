@@ -23,6 +23,8 @@ from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
 from selfpruner.stopping import draining, stop_of
 
+_MEASURED = ("probe", "slopes")  # events that cost evaluations and are no candidates
+
 
 def check_words_and_drivers(config: RunConfig) -> None:
     """Refuse prompts and drivers that would not do, before anything is computed.
@@ -102,6 +104,7 @@ def _context(
         unit_scores=() if facts is None else tuple(zip(facts.attention, facts.mlp, strict=True)),
         starts=starts,
         model_name=config.model,
+        slopes=arena.slopes if arena.score.has_slopes else None,
         earlier_probes=probes,
     )
 
@@ -140,9 +143,9 @@ def narrator(
 
     def tell(event: Event) -> None:
         nonlocal done, now
-        if event["kind"] in ("candidate", "probe"):
+        if event["kind"] in ("candidate", *_MEASURED):
             now = int(event["equivalents"])
-        if event["kind"] in ("generation", "probe"):
+        if event["kind"] in ("generation", *_MEASURED):
             advance(now - done)
             done = now
         if event["kind"] == "llm" and event["outcome"].startswith(("failed", "skipped")):

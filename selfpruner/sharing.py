@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pruning.plan import Plan
+from pruning.plan import Grid, Plan
+from pruning.slopes import Slopes
+from pruning.spool import Spool
 from selfpruner.blocks import Block, blocks
 from selfpruner.crew import Crew, outcomes
 from selfpruner.fitness import Fitness
@@ -20,7 +22,7 @@ _TRIES = 3  # a batch that three workers died over would kill a fourth
 
 
 class SharedFitness:
-    """A `Score` whose blocks a crew computes; accuracy and length are this process's own.
+    """A `Score` whose blocks a crew computes; accuracy, slopes and length are this process's own.
 
     A worker that dies is replaced and only its block is scored again; one that dies after a stop
     was asked for, as the signal to a whole group of processes makes it, ends the search.
@@ -40,9 +42,20 @@ class SharedFitness:
         """Search sequences there are."""
         return self._own.num_sequences
 
+    @property
+    def has_slopes(self) -> bool:
+        """Whether what plans lose on text is known to first order."""
+        return self._own.has_slopes
+
     def accuracy(self, plan: Plan) -> float:
         """Return the share of commonsense items that `plan` answers rightly."""
         return self._own.accuracy(plan)
+
+    def slopes(
+        self, plan: Plan, grid: Grid, sequences: Sequence[int], spool: Spool | None = None
+    ) -> Slopes:
+        """Return what every level of `grid` would add to the fitness of `plan`."""
+        return self._own.slopes(plan, grid, sequences, spool)
 
     def __call__(self, plans: Sequence[Plan], sequences: Sequence[int]) -> Floats:
         """Return the fitness (P, S) of every plan on every sequence asked for.

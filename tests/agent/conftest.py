@@ -59,14 +59,30 @@ class Quadratic:
         return np.array([[self.of(p) + 0.01 * s for s in sequences] for p in plans])
 
     def of(self, plan: Plan) -> float:
+        return float((self.weights * (1 - self.kept(plan)) ** 2).sum())
+
+    def kept(self, plan: Plan) -> NDArray[np.float64]:
         dense = self.grid.dense
-        kept = np.array(
+        return np.array(
             [
                 [x.kv_groups / dense.kv_groups, x.mlp_channels / dense.mlp_channels]
                 for x in plan.layers
             ]
         )
-        return float((self.weights * (1 - kept) ** 2).sum())
+
+    def slopes(self, plan: Plan, _: Sequence[int]) -> list[tuple[list[float], list[float]]]:
+        """Return the derivative of every block times the way to each level."""
+        sizes = self.grid.attention, self.grid.mlp
+        kept = self.kept(plan)
+        slopes = -2 * self.weights * (1 - kept)
+        rows = [
+            [
+                (slope * (np.array(size) / size[-1] - at)).tolist()
+                for slope, at, size in zip(pair, shares, sizes, strict=True)
+            ]
+            for pair, shares in zip(slopes, kept, strict=True)
+        ]
+        return [(attention, mlp) for attention, mlp in rows]
 
 
 @pytest.fixture
@@ -99,6 +115,7 @@ def scene(tmp_path: Path) -> Callable[..., SearchContext]:
                 **settings,
             }
         )
+        score = Quadratic(grid, weights)
         return SearchContext(
             settings=chosen,
             driver_settings=DriverSettings(
@@ -109,7 +126,8 @@ def scene(tmp_path: Path) -> Callable[..., SearchContext]:
             seed=seed,
             grid=grid,
             budget=Budget.of(architecture, grid, "parameters", 0.7),
-            score=Quadratic(grid, weights),
+            score=score,
+            slopes=score.slopes,
             sequences=range(4),
             sensitivity=[
                 [(w * (1 - s) ** 2).tolist() for w, s in zip(row, shares, strict=True)]

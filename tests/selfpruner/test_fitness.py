@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,16 @@ from pruning.elastic import ElasticModel, Recipe
 from pruning.elastic_layer import ElasticLayer, LayerParameters
 from pruning.elastic_layerwise import LayerwiseElastic
 from pruning.families import family_of
-from pruning.plan import LayerPlan, Plan
+from pruning.plan import Grid, LayerPlan, Plan
 from pruning.slicing import sliced
+from pruning.spool import Spool
 from selfpruner.fitness import Finished, Fitness
 from selfpruner.latency_table import LatencyTable, Workload
 
 DENSE = Plan.from_json([[2, 2, 48]] * 2)
 # The first two and the last share a prefix: the trie meets them in another order than given.
 PLANS = [Plan.from_json(x) for x in ([[1, 2, 16], [2, 2, 8]], [[2, 2, 48], [1, 2, 16]])]
+GRID = Grid("kv_group", (1, 2), (8, 16, 24, 32, 40, 48), DENSE.layers[0])
 PLANS += [DENSE, Plan.from_json([[1, 2, 16], [1, 2, 48]]), PLANS[0]]
 
 
@@ -45,6 +48,11 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def elastic() -> ElasticModel:
+    return _ranked()
+
+
+def _ranked(quiet: float = 1.0) -> ElasticModel:
+    """A ranked random model; `quiet` scales what its second MLP writes."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=120,
@@ -58,6 +66,7 @@ def elastic() -> ElasticModel:
     )
     model = LlamaForCausalLM(config).double().eval().requires_grad_(False)
     family, architecture = family_of(model)
+    model.get_submodule("model.layers.1.mlp.down_proj").weight.mul_(quiet)
     recipe = Recipe("wanda_sp", "least_squares", 0.01)
     return ElasticModel.rank(model, family, architecture, _random(12, 16, seed=2), recipe)
 
@@ -204,15 +213,7 @@ def test_accuracy_without_items_is_refused(elastic: ElasticModel) -> None:
 
 def test_latency_term_is_the_share_of_the_dense_time(elastic: ElasticModel) -> None:
     """Base 10, a group of two heads 2, a channel 0.5: 66 dense, 10 + 6 + 12 = 28 for the first."""
-    speed = LatencyTable(
-        Workload("prefill", 1, 16),
-        "kv_group",
-        DENSE.layers[0],
-        2,
-        10.0,
-        ((1, 2.0), (DENSE.layers[0].kv_groups, 2.0 * DENSE.layers[0].kv_groups)),
-        ((8, 4.0), (DENSE.layers[0].mlp_channels, DENSE.layers[0].mlp_channels / 2)),
-    )
+    speed = _speed()
     dense = speed.milliseconds(DENSE)
     fitness = _fitness(elastic, {"kl": 1.0, "latency": 2.0}, speed=speed)
     plain = _fitness(elastic, {"kl": 1.0})(PLANS, [0, 1])
@@ -223,3 +224,68 @@ def test_latency_term_is_the_share_of_the_dense_time(elastic: ElasticModel) -> N
         by_hand = 10 + 2 * groups + channels / 2
         assert speed.milliseconds(plan) == pytest.approx(by_hand)
         assert np.allclose(extra[row], 2 * by_hand / dense)
+
+
+@pytest.mark.parametrize("weights", [{"kl": 1.0}, {"perplexity": 0.5}, {"kl_top512": 2.0}])
+def test_slopes_foretell_the_fitness_where_little_changes(weights: dict[str, float]) -> None:
+    """The second MLP writes next to nothing: what its widths do is a matter of first order."""
+    elastic, sequences = _ranked(quiet=1e-3), [4, 0, 3]
+    fitness, plan = _fitness(elastic, weights), PLANS[0]
+    (_, found) = fitness.slopes(plan, GRID, sequences)[1]
+    others = [Plan((plan.layers[0], LayerPlan(2, 2, width))) for width in GRID.mlp]
+    scores = fitness([plan, *others], sequences).mean(1)
+    changes = scores[1:] - scores[0]
+    assert np.abs(changes).max() > 1e-6
+    assert np.allclose(found, changes, rtol=0.02, atol=0.01 * np.abs(changes).max())
+
+
+def test_slopes_are_weighted_and_summed(elastic: ElasticModel) -> None:
+    weights = {"kl": 1.0, "perplexity": 0.5}
+    both = _fitness(elastic, weights).slopes(PLANS[0], GRID, [1, 2])
+    each = [_fitness(elastic, {k: w}).slopes(PLANS[0], GRID, [1, 2]) for k, w in weights.items()]
+    for whole, *parts in zip(both, *each, strict=True):
+        for curve, *terms in zip(whole, *parts, strict=True):
+            assert np.allclose(curve, np.sum(terms, axis=0), rtol=1e-6, atol=1e-9)
+
+
+def test_slopes_know_what_levels_add_to_the_time(elastic: ElasticModel) -> None:
+    speed = _speed()
+    timed = _fitness(elastic, {"kl": 1.0, "latency": 2.0}, speed=speed)
+    plain = _fitness(elastic, {"kl": 1.0}).slopes(PLANS[0], GRID, [1])
+    found = timed.slopes(PLANS[0], GRID, [1])
+    dense = speed.milliseconds(DENSE)
+    for layer, kept in enumerate(PLANS[0].layers):
+        attention, mlp = np.subtract(found[layer][0], plain[layer][0]), found[layer][1]
+        assert np.allclose(attention, [2 * 2 * (g - kept.kv_groups) / dense for g in (1, 2)])
+        extra = np.subtract(mlp, plain[layer][1])
+        assert np.allclose(extra, [2 * (w - kept.mlp_channels) / 2 / dense for w in GRID.mlp])
+
+
+def test_slopes_are_there_for_text_and_for_many_plans(elastic: ElasticModel) -> None:
+    fitness = _fitness(elastic, {"kl": 1.0})
+    assert fitness.has_slopes
+    assert not _fitness(elastic, {"latency": 1.0}, speed=_speed()).has_slopes
+    model: Any = elastic.model
+    assert not fitness.of(Finished(model, elastic.family, 2)).has_slopes
+
+
+def test_streamed_slopes_are_the_same(elastic: ElasticModel, tmp_path: Path) -> None:
+    fitness = _fitness(elastic, {"kl": 1.0})
+    spooled = fitness.slopes(PLANS[1], GRID, [0, 3, 2], Spool(tmp_path))
+    assert spooled == fitness.slopes(PLANS[1], GRID, [0, 3, 2])
+    assert len(list(tmp_path.iterdir())) == 2  # the inputs of both layers
+    layerwise: Any = LayerwiseElastic(elastic, 2)
+    again = Fitness(layerwise, layerwise.model, elastic.family, {"kl": 1.0}, TOKENS, batch_size=2)
+    assert again.slopes(PLANS[1], GRID, [0, 3, 2]) == spooled
+
+
+def _speed() -> LatencyTable:
+    return LatencyTable(
+        Workload("prefill", 1, 16),
+        "kv_group",
+        DENSE.layers[0],
+        2,
+        10.0,
+        ((1, 2.0), (DENSE.layers[0].kv_groups, 2.0 * DENSE.layers[0].kv_groups)),
+        ((8, 4.0), (DENSE.layers[0].mlp_channels, DENSE.layers[0].mlp_channels / 2)),
+    )
