@@ -71,8 +71,8 @@ class MemoryModel:
         return self._placed(Memory(weights=self.dense.weight_bytes))
 
     def scratch(self) -> float:
-        """Return what a streamed run keeps on disk: for curvature and cuts, and sliced models."""
-        return self.fisher + self.cuts + self.finished
+        """Return what a streamed run keeps on disk: for curvature, cuts, slopes, sliced models."""
+        return self.fisher + self.cuts + self.finished + self.slopes
 
     @property
     def cuts(self) -> float:
@@ -100,25 +100,44 @@ class MemoryModel:
     def curvature(self) -> Memory:
         """Return the peak on the way back: the inputs of all layers, all roots but one layer's.
 
-        Beside them gradients, 512 rows of logits and of what comes back, and what a layer keeps of
-        one micro-batch for its way back: about three times its activations, and three matrices of
-        attention scores in float32.
+        Beside them 512 rows of logits and of what comes back.
         """
-        length, model = self.config.data.length, self._architecture
-        rows = min(self.config.evaluation.batch_size, self.fisher_tokens // length)
-        scores = 12 * rows * model.heads * length**2
         logits = 512 * self._architecture.vocabulary * (4 + 2 * BYTES[self.dense.precision])
+        streams, working = self._way_back(self.fisher_tokens)
+        roots = self._roots / (self._architecture.layers if self.is_streamed else 1)
         held = Memory(
             weights=self.dense.weight_bytes,
-            statistics=self._roots,
-            streams=(self._architecture.layers + 2) * self._stream(self.fisher_tokens),
-            working=max(3 * self._activations(length) + scores, logits),
+            statistics=roots,
+            streams=streams,
+            working=max(working, logits),
         )
-        if self.is_streamed:
-            layers = self._architecture.layers
-            streams = 3 * self._stream(self.fisher_tokens)
-            held = replace(held, statistics=self._roots / layers, streams=streams)
         return self._placed(held)
+
+    @property
+    def slope_tokens(self) -> int:
+        """Tokens on which the slopes of a plan are measured, 0 where none are."""
+        data, search = self.config.data, self.config.search
+        sequences = min(search.slopes, data.search.tokens // data.length)
+        return sequences * data.length if search.uses_slopes else 0
+
+    @property
+    def slopes(self) -> float:
+        """Bytes of the inputs of all layers where slopes are measured."""
+        return self._architecture.layers * self._stream(self.slope_tokens)
+
+    def _way_back(self, tokens: int) -> tuple[float, float]:
+        """Return the streams and the working memory of a way up through all layers and back.
+
+        Streams are the inputs of all layers, or of one where they go to disk, and gradients. What a
+        layer keeps of one micro-batch for its way back is about three times its activations, and
+        three matrices of attention scores in float32.
+        """
+        length, model = self.config.data.length, self._architecture
+        rows = min(self.config.evaluation.batch_size, tokens // length)
+        scores = 12 * rows * model.heads * length**2
+        inputs = 1 if self.is_streamed else model.layers
+        streams = (inputs + 2) * self._stream(tokens)
+        return streams, 3 * self._activations(length) + scores if tokens else 0.0
 
     def calibrate(self) -> Memory:
         """Return the peak at the last layer: everything that is kept is there already.
@@ -149,16 +168,20 @@ class MemoryModel:
         return self._placed(held)
 
     def score(self) -> Memory:
-        """Return the peak while plans are scored: references of all search and selection tokens."""
+        """Return the peak while plans are scored, or slopes measured.
+
+        References of all search and selection tokens are there throughout.
+        """
         data, shapes = self.config.data, self._shapes
         cached = min(CACHE_BYTES, self.pruned.kept * self._output_bytes)
         k = round(self.pruned.kept * shapes.mlp)
         solve = 8.0 * shapes.outputs * k + 4.0 * k * k if self._corrects else 0.0
         references = 4.0 * (data.search.tokens + data.select.tokens) * shapes.outputs
+        streams, back = self._way_back(self.slope_tokens)
         held = replace(
             self._ranked,
-            streams=references + self._generation,
-            working=cached + solve + self._activations(data.length),
+            streams=references + max(self._generation, streams),
+            working=cached + solve + max(self._activations(data.length), back),
         )
         return self._placed(held)
 
