@@ -1,33 +1,38 @@
 """Descent: plans a step away from the best one, downhill along its slopes.
 
 The slopes of a plan say what every other level of every block would add to its fitness, to first
-order (`pruning.slopes`). How far that holds is what the surrogate's curves tell: what a block loses
-between two levels is added as a penalty for going from one to the other, times a damping as that of
-Levenberg and Marquardt (SIAM Journal 11, 1963, page 431). With a price for every level of every
-block the best step is a knapsack; small dampings step far, large ones stay near. Slopes of earlier
-plans, which lay near, are averaged in with less weight: those on few sequences tell more of the
-sequences than of the plan.
+order (`pruning.slopes`). To second order a block that goes from one level to another adds what it
+loses in between by itself, which the surrogate's curves tell: least squares leave errors at right
+angles, so that losses of nested cuts add up. Both together are a model of fitness around that plan.
+It has no products of blocks, and is damped for that: losses count up to eight times on the way from
+the best plan, as in the method of Levenberg and Marquardt (SIAM Journal 11, 1963, page 431). With a
+price for every level of every block the best step is a knapsack. Models around earlier plans, which
+lay near, are averaged in: one of few sequences tells more of the sequences than of the plan.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
 
-from agent.knapsack import knapsack
+from agent.knapsack import Losses, knapsack
 from agent.ledger import SlopeLine
 from agent.projection import Floats, Levels
 from agent.questions import Slot
 from agent.standing import ranked
 from agent.state import SearchContext
 from agent.surrogate import surrogate
+from pruning.plan import Plan
+
+Table = list[list[Floats]]  # `[layer][block][level]`
 
 PRICE = 4
 """Plans scored in the time that the slopes of one take on the same sequences."""
 
-_MEMORY = 0.7  # weight of slopes beside those of a generation later
-_DAMPING = (0.5, 8.0)  # least and largest
+_MEMORY = 0.9  # weight of slopes beside those of a generation later
+_DAMPING = (1.0, 8.0)  # least and largest
 _GOLDEN = 0.618  # draws of a generation are spread over the range, whatever their number
 _KEPT = 3  # evaluations that slopes leave at least: they are for plans
 
@@ -56,7 +61,7 @@ def measure(context: SearchContext, after: int) -> bool:
 def step(context: SearchContext, slot: Slot, rng: np.random.Generator) -> Levels | None:
     """Return a plan downhill of the best one, None where no slopes are known.
 
-    The first plan of a generation and its draws depend on the slot: dampings are spread out.
+    How far it goes depends on the slot: dampings of a generation are spread over their range.
     """
     lines = [x for x in context.ledger.slopes() if x.generation < slot.generation]
     if not lines:
@@ -66,37 +71,50 @@ def step(context: SearchContext, slot: Slot, rng: np.random.Generator) -> Levels
     damping = least * (largest / least) ** place
     base = _base(context, slot.generation)
     curves = surrogate(context, slot.generation).table()
-    slopes = _mean(lines, base)
+    models, losses = _models(context, lines, curves), _losses(curves, base)
     prices = [
-        [
-            slope + damping * np.abs(np.array(curve) - curve[level])
-            for slope, curve, level in zip(*row, strict=True)
-        ]
-        for row in zip(slopes, curves, base, strict=True)
+        [model + (damping - 1) * loss for model, loss in zip(*pair, strict=True)]
+        for pair in zip(models, losses, strict=True)
     ]
     return context.conform(knapsack(context.space, prices))
+
+
+def _models(context: SearchContext, lines: Sequence[SlopeLine], curves: Losses) -> Table:
+    """Return what every level is thought to add, the mean of what the lines say.
+
+    Each line says so of its own plan, later ones weigh more.
+    """
+    newest = lines[-1].generation
+    weights = np.array([_MEMORY ** (newest - x.generation) for x in lines])
+    losses = [_losses(curves, context.grid.levels(Plan.from_json(x.genotype))) for x in lines]
+    return [
+        [
+            np.average(
+                [
+                    np.array(x.table[i][b]) + loss[i][b]
+                    for x, loss in zip(lines, losses, strict=True)
+                ],
+                axis=0,
+                weights=weights,
+            )
+            for b in (0, 1)
+        ]
+        for i in range(len(curves))
+    ]
+
+
+def _losses(curves: Losses, plan: Levels) -> Table:
+    """Return what going from the levels of a plan to others loses block by block, 0 for its own."""
+    return [
+        [np.abs(np.array(curve) - curve[level]) for curve, level in zip(row, levels, strict=True)]
+        for row, levels in zip(curves, plan, strict=True)
+    ]
 
 
 def _base(context: SearchContext, generation: int) -> Levels:
     """Return the best plan before a generation, the first one of all before any."""
     best = ranked(context, 1, generation, complete=True)
     return context.grid.levels(best[0].plan) if best else context.first_plan
-
-
-def _mean(lines: list[SlopeLine], base: Levels) -> list[list[Floats]]:
-    """Return `[layer][block]` slopes by level, 0 at those of `base`, later lines weighing more."""
-    newest = lines[-1].generation
-    weights = np.array([_MEMORY ** (newest - x.generation) for x in lines])
-    weights /= weights.sum()
-    found = []
-    for layer, levels in enumerate(base):
-        row = []
-        for block, level in enumerate(levels):
-            curves = np.array([x.table[layer][block] for x in lines])
-            mean = weights @ curves
-            row.append(mean - mean[level])
-        found.append(row)
-    return found
 
 
 def _sequences(context: SearchContext, after: int, count: int) -> list[int]:

@@ -71,18 +71,20 @@ class Quadratic:
         )
 
     def slopes(self, plan: Plan, _: Sequence[int]) -> list[tuple[list[float], list[float]]]:
-        """Return the derivative of every block times the way to each level."""
+        """Return first-order changes as those of errors whose cuts stand at right angles.
+
+        What a block loses beyond its cut is nothing yet; what it gets back was part of its error,
+        and counts twice.
+        """
         sizes = self.grid.attention, self.grid.mlp
-        kept = self.kept(plan)
-        slopes = -2 * self.weights * (1 - kept)
-        rows = [
-            [
-                (slope * (np.array(size) / size[-1] - at)).tolist()
-                for slope, at, size in zip(pair, shares, sizes, strict=True)
-            ]
-            for pair, shares in zip(slopes, kept, strict=True)
-        ]
-        return [(attention, mlp) for attention, mlp in rows]
+        found = []
+        for weights, shares in zip(self.weights, self.kept(plan), strict=True):
+            attention, mlp = (
+                [-2 * weight * max(0.0, (1 - at) ** 2 - (1 - x / size[-1]) ** 2) for x in size]
+                for weight, at, size in zip(weights, shares, sizes, strict=True)
+            )
+            found.append((attention, mlp))
+        return found
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,16 +46,27 @@ def _counting(context: SearchContext) -> tuple[SearchContext, list[tuple[Plan, l
     return replace(context, slopes=slopes), calls
 
 
+class _Nearest:
+    """Draws the least damping."""
+
+    def uniform(self) -> float:
+        return 0.0
+
+
 @pytest.mark.parametrize("seed", range(4))
-def test_descent_comes_near_the_optimum_of_an_analytic_fitness(
+def test_undamped_steps_lead_to_the_optimum_of_an_additive_fitness(
     scene: Scene, tmp_path: Path, seed: int
 ) -> None:
-    """Although the cut errors, which damp its steps, know no layer."""
-    context = scene(allocator="descent", seed=seed, sensitive=False, evaluations=90, slopes=1)
-    result = run_search(context, tmp_path / "checkpoints.sqlite")
-    first = context.ledger.candidates()[0].values[0]
-    best, least = result.best.values[0], _optimum(context)
-    assert best - least <= 0.15 * (first - least)
+    """Slopes and losses make the fitness itself where blocks have nothing to do with each other."""
+    context = scene(allocator="descent", seed=seed, folder=tmp_path, seed_plan=False)
+    score, start = context.score, context.grid.plan(context.first_plan)
+    assert descent.measure(context, -1)
+    rng: Any = _Nearest()
+    levels = descent.step(context, Slot(0, 0, "generate"), rng)
+    assert levels is not None
+    found, first = score([context.grid.plan(levels), start], [0])[:, 0]
+    assert found == pytest.approx(_optimum(context), rel=1e-9)
+    assert found < 0.9 * first
 
 
 def test_slopes_are_those_of_the_best_plan_on_sequences_from_the_end(
@@ -94,7 +106,7 @@ def test_a_step_is_the_knapsack_of_slopes_and_damped_losses(scene: Scene, tmp_pa
     assert not descent.measure(context, -1)
     (line,), base = context.ledger.slopes(), context.first_plan
     found = descent.step(context, slot, np.random.default_rng(0))
-    damping = 0.5 * 16 ** np.random.default_rng(0).uniform()
+    damping = 8 ** np.random.default_rng(0).uniform()
     prices = [
         [
             np.array(slopes) + damping * np.abs(np.array(errors) - errors[level])
@@ -106,7 +118,7 @@ def test_a_step_is_the_knapsack_of_slopes_and_damped_losses(scene: Scene, tmp_pa
 
 
 def test_steps_differ_in_length(scene: Scene, tmp_path: Path) -> None:
-    context = scene(allocator="descent", folder=tmp_path, sensitive=False)
+    context = scene(allocator="descent", folder=tmp_path, seed_plan=False)
     descent.measure(context, -1)
     start = context.space.shares(context.first_plan)
     lengths = []
@@ -115,7 +127,7 @@ def test_steps_differ_in_length(scene: Scene, tmp_path: Path) -> None:
         assert plan is not None
         assert context.budget.is_within(plan)
         lengths.append(float(np.abs(context.space.shares(plan) - start).sum()))
-    assert len(set(lengths)) > 1
+    assert max(lengths) > 2 * min(lengths)
 
 
 def test_earlier_slopes_weigh_less(scene: Scene, tmp_path: Path) -> None:
