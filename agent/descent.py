@@ -4,7 +4,7 @@ The slopes of a plan say what every other level of every block would add to its 
 order (`pruning.slopes`). To second order a block that goes from one level to another adds what it
 loses in between by itself, which the surrogate's curves tell: least squares leave errors at right
 angles, so that losses of nested cuts add up. Both together are a model of fitness around that plan.
-It has no products of blocks, and is damped for that: losses count up to eight times on the way from
+It has no products of blocks, and is damped for that: losses count up to six times on the way from
 the best plan, as in the method of Levenberg and Marquardt (SIAM Journal 11, 1963, page 431). With a
 price for every level of every block the best step is a knapsack. Models around earlier plans, which
 lay near, are averaged in: one of few sequences tells more of the sequences than of the plan.
@@ -28,13 +28,18 @@ from pruning.plan import Plan
 
 Table = list[list[Floats]]  # `[layer][block][level]`
 
-PRICE = 4
-"""Plans scored in the time that the slopes of one take on the same sequences."""
+PRICE = 5
+"""Plans scored in the time that the slopes of one take on the same sequences, rounded up."""
 
 _MEMORY = 0.9  # weight of slopes beside those of a generation later
-_DAMPING = (1.0, 8.0)  # least and largest
+_DAMPING = (0.5, 6.0)  # least and largest
 _GOLDEN = 0.618  # draws of a generation are spread over the range, whatever their number
 _KEPT = 3  # evaluations that slopes leave at least: they are for plans
+
+
+def charge(context: SearchContext) -> Fraction:
+    """Return the full evaluations that measuring slopes counts as."""
+    return Fraction(PRICE * _count(context), context.per_evaluation)
 
 
 def measure(context: SearchContext, after: int) -> bool:
@@ -44,17 +49,15 @@ def measure(context: SearchContext, after: int) -> bool:
     where the plans that slopes are for could not be paid any more. Before the first generation
     `after` is -1.
     """
-    count = min(context.settings.slopes, len(context.sequences))
-    charge = Fraction(PRICE * count, context.per_evaluation)
-    left = context.settings.evaluations - context.ledger.equivalents()
+    left = context.settings.evaluations - context.ledger.equivalents() - charge(context)
     known = any(x.generation == after for x in context.ledger.slopes())
-    if context.slopes is None or known or left - charge < _KEPT:
+    if context.slopes is None or known or left < _KEPT:
         return False
     plan = context.grid.plan(_base(context, after + 1))
-    table = context.slopes(plan, _sequences(context, after, count))
+    table = context.slopes(plan, _sequences(context, after))
     rows = tuple((tuple(attention), tuple(mlp)) for attention, mlp in table)
     genotype = tuple((x.kv_groups, x.q_per_group, x.mlp_channels) for x in plan.layers)
-    context.ledger.add_slopes(SlopeLine(after, genotype, charge, rows))
+    context.ledger.add_slopes(SlopeLine(after, genotype, charge(context), rows))
     return True
 
 
@@ -117,8 +120,12 @@ def _base(context: SearchContext, generation: int) -> Levels:
     return context.grid.levels(best[0].plan) if best else context.first_plan
 
 
-def _sequences(context: SearchContext, after: int, count: int) -> list[int]:
+def _sequences(context: SearchContext, after: int) -> list[int]:
     """Return the sequences of these slopes: from the end on, where no plan is scored for long."""
-    start = (after + 1) * count
-    total = len(context.sequences)
-    return [context.sequences[-1 - (start + i) % total] for i in range(count)]
+    count, total = _count(context), len(context.sequences)
+    places = range((after + 1) * count, (after + 2) * count)
+    return [context.sequences[-1 - i % total] for i in places]
+
+
+def _count(context: SearchContext) -> int:
+    return min(context.settings.slopes, len(context.sequences))

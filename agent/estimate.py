@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from agent import descent
 from agent.operators import is_asked
 from agent.questions import Slot, plan_question
 from agent.state import SearchContext
@@ -28,11 +29,14 @@ def estimate(context: SearchContext) -> Estimate:
     settings, driver = context.settings, context.driver_settings
     if not settings.asks_llm:
         return Estimate(0, 0, 0.0)
-    plans = math.ceil(settings.evaluations / (1 if settings.racing.is_off else _SEEN))
+    seen = 1 if settings.racing.is_off else _SEEN
+    slopes = float(descent.charge(context)) if settings.uses_slopes else 0.0
+    plans = math.ceil(max(1.0, settings.evaluations - slopes) / seen)
     first = min(settings.population, plans)
-    brood, beside = settings.crossover + settings.mutate, int(settings.window is not None)
+    brood = settings.crossover + settings.mutate
+    beside = int(settings.window is not None) + slopes / seen
     generations = math.ceil((plans - first) / (brood + beside))
-    slots = [Slot(0, i, "generate") for i in range(plans - beside * generations)]
+    slots = [Slot(0, i, "generate") for i in range(math.ceil(plans - beside * generations))]
     asked = sum(is_asked(context, x, x.index) for x in slots)
     calls = math.ceil((asked + generations) * _REPAIRS)
     calls = calls if settings.calls is None else min(calls, settings.calls)

@@ -131,7 +131,7 @@ class SearchSettings(BaseModel):
         8,
         ge=1,
         description="descent: sequences on which the slopes of the best plan are measured after "
-        "each generation; one counts as four sequences of a plan",
+        "each generation; one counts as five sequences of a plan",
     )
     calls: int | None = Field(
         None, ge=0, description="limit on calls of the LLM, failed ones included; null: none"

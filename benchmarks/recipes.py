@@ -46,7 +46,6 @@ WANDA = ("wanda_sp, frozen", "wanda_sp, sequential")
 # Settings of each row over the common ones; rows of one ranking stand together.
 ROWS: Mapping[str, Mapping[str, Any]] = {
     DEFAULT: {"search.evaluations": 80},  # on windows of 2,048 tokens
-    "best, without stages": {"search.evaluations": 80, "search.racing.survivors": None},
     UNIFORM[0]: {"search.allocator": "uniform_mlp"},
     UNIFORM[1]: {"search.allocator": "uniform"},
     "flap": {"recipe": "flap"},
