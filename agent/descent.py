@@ -4,7 +4,7 @@ The slopes of a plan say what every other level of every block would add to its 
 order (`pruning.slopes`). To second order a block that goes from one level to another adds what it
 loses in between by itself, which the surrogate's curves tell: least squares leave errors at right
 angles, so that losses of nested cuts add up. Both together are a model of fitness around that plan.
-It has no products of blocks, and is damped for that: losses count up to six times on the way from
+It has no products of blocks, and is damped for that: losses count up to four times on the way from
 the best plan, as in the method of Levenberg and Marquardt (SIAM Journal 11, 1963, page 431). With a
 price for every level of every block the best step is a knapsack. Models around earlier plans, which
 lay near, are averaged in: one of few sequences tells more of the sequences than of the plan.
@@ -32,7 +32,7 @@ PRICE = 5
 """Plans scored in the time that the slopes of one take on the same sequences, rounded up."""
 
 _MEMORY = 0.9  # weight of slopes beside those of a generation later
-_DAMPING = (0.5, 6.0)  # least and largest
+_DAMPING = (0.5, 4.0)  # least and largest
 _GOLDEN = 0.618  # draws of a generation are spread over the range, whatever their number
 _KEPT = 3  # evaluations that slopes leave at least: they are for plans
 
