@@ -128,7 +128,7 @@ class SearchSettings(BaseModel):
         "plan; one evaluation is a plan on so many; null: every plan on all sequences",
     )
     slopes: int = Field(
-        8,
+        4,
         ge=1,
         description="descent: sequences on which the slopes of the best plan are measured after "
         "each generation; one counts as five sequences of a plan",
