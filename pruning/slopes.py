@@ -2,7 +2,7 @@
 
 A block's output y_k under a cut k is linear in what enters its output projection. With the gradient
 g of the loss in that output, going from the plan's own cut to k adds the sum of g' (y_k - y) over
-tokens (Taylor; for units of a dense model LLM-Pruner, arXiv 2305.11627, eq. 5). The corrections of
+tokens (Taylor; LLM-Pruner, arXiv 2305.11627, ranks units of a dense model so). The corrections of
 all prefixes come from one factor, so that one forward and one backward pass of the *pruned* model
 tell the slopes towards all levels of all blocks. Layer by layer: a streamed model needs one layer
 at a time.
