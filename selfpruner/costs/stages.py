@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
+from agent.descent import PRICE
 from agent.settings import Operators
 from pruning.architecture import Architecture
 from pruning.plan import Grid
@@ -128,7 +129,7 @@ class RunStages:
         works = [
             *self._opened(),
             *self.scoring.references(self._search_tokens),
-            *self._shared(self.scoring.scores(count, self._scored_tokens)),
+            *self._sloping_and_shared(self.scoring.scores(count, self._scored_tokens)),
             *self._shared(self.scoring.cuts(count)),
         ]
         works += self._read(self._walks(count) * self.memory.cuts + self.dense.weight_bytes)
@@ -163,7 +164,7 @@ class RunStages:
         if not targets:
             return Stage("front", (), Memory())
         works = [
-            *self._shared(self.scoring.scores(count, self._scored_tokens)),
+            *self._sloping_and_shared(self.scoring.scores(count, self._scored_tokens)),
             *self._shared(self.scoring.cuts(count)),
         ]
         works += self.scoring.scores(1, select)
@@ -324,10 +325,25 @@ class RunStages:
         return sum(tokens for tokens, _ in judging.reported_tokens(self.config.data))
 
     def _walks(self, count: int) -> int:
-        """Return how often plans go through all layers: once a generation and round of a race."""
+        """Return how often plans go through all layers: once a generation and round of a race.
+
+        Slopes go up through them and back.
+        """
         search = self.config.search
         rounds = 1 if search.racing.is_off else len(search.racing.rounds)
-        return math.ceil(count / search.population) * rounds
+        each = search.population + self._slopes
+        return math.ceil(count / each) * (rounds + 2 * bool(self._slopes))
+
+    @property
+    def _slopes(self) -> float:
+        """Full evaluations that the slopes of a generation are charged as."""
+        return PRICE * self.memory.slope_tokens / self._scored_tokens
+
+    def _sloping_and_shared(self, works: Sequence[Work]) -> list[Work]:
+        """Return the part of the works that is slopes, and what workers share of the others."""
+        share = self._slopes / (self.config.search.population + self._slopes)
+        scored = self._shared([times(work, 1 - share) for work in works])
+        return [*(times(work, share) for work in works if share), *scored]
 
     def _shared(self, works: Sequence[Work]) -> list[Work]:
         """Return what is left of the works where the workers share them out."""
