@@ -125,7 +125,8 @@ class SearchSettings(BaseModel):
         None,
         ge=1,
         description="sequences on which each generation is scored, its own ones, beside the first "
-        "plan; one evaluation is a plan on so many; null: every plan on all sequences",
+        "plan, in evolution and descent the best one; one evaluation is a plan on so many; null: "
+        "every plan on all sequences",
     )
     slopes: int = Field(
         4,
