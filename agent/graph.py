@@ -47,6 +47,7 @@ class SearchResult:
         generations: `{generation, best_fitness, accuracy, speedup}` of each generation's best.
         evaluations: distinct plans scored.
         equivalents: full evaluations charged, by the sequences that the plans have seen.
+        slopes: those of them that slopes were charged as.
         llm_calls, llm_tokens, llm_cost: paid for, repairs, failed calls and prompts included.
         llm_failures: calls that brought no reply.
         duplicates: replies in order whose plan was known already.
@@ -63,6 +64,7 @@ class SearchResult:
     generations: tuple[dict[str, Any], ...]
     evaluations: int
     equivalents: float
+    slopes: float
     llm_calls: int
     llm_tokens: int
     llm_cost: float
@@ -210,6 +212,7 @@ def _result(context: SearchContext, stopped: str) -> SearchResult:
         generations=tuple(nodes.generation_line(n, best[n]) for n in numbers),
         evaluations=spending.evaluations,
         equivalents=float(spending.equivalents),
+        slopes=float(sum(x.charge for x in context.ledger.slopes())),
         llm_calls=charge.calls,
         llm_tokens=charge.tokens,
         llm_cost=charge.cost,

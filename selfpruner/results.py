@@ -67,10 +67,11 @@ class SearchNumbers(Record):
     `placebo` is what was hidden from the LLM, None where nothing was: such a run is a control.
 
     `evaluations` are plans scored, `equivalents` full evaluations charged for them (None in results
-    of a version without racing). `llm_failures` are calls without a reply, `duplicates` replies
-    with a plan known already; `stopped` names the limit that ended the search. `best_fitness` is
-    the lowest on search tokens; of the plan that was selected, `selected_fitness` is on search
-    tokens (None in files older than it) and `selection_fitness` on fresh ones.
+    of a version without racing), of which `slopes` went into slopes. `llm_failures` are calls
+    without a reply, `duplicates` replies with a plan known already; `stopped` names the limit that
+    ended the search. `best_fitness` is the lowest on search tokens; of the plan that was selected,
+    `selected_fitness` is on search tokens (None in files older than it) and `selection_fitness` on
+    fresh ones.
     """
 
     allocator: str
@@ -79,6 +80,7 @@ class SearchNumbers(Record):
     placebo: Literal["layers", "fitness", "name"] | None = None
     evaluations: NonNegativeInt
     equivalents: NonNegativeFloat | None = None
+    slopes: NonNegativeFloat = 0.0
     llm_calls: NonNegativeInt
     llm_tokens: NonNegativeInt
     llm_cost: NonNegativeFloat

@@ -191,6 +191,7 @@ def _search_numbers(config: RunConfig, outcome: Outcome) -> SearchNumbers:
         placebo=placebo if asks_llm and placebo != "none" else None,
         evaluations=found.evaluations,
         equivalents=found.equivalents,
+        slopes=found.slopes,
         llm_calls=found.llm_calls,
         llm_tokens=found.llm_tokens,
         llm_cost=found.llm_cost,

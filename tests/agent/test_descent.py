@@ -94,6 +94,7 @@ def test_slopes_are_charged_and_leave_room_for_plans(scene: Scene, tmp_path: Pat
         result = run_search(context, folder / "checkpoints.sqlite")
         count, slopes = len(context.ledger.candidates()), context.ledger.slopes()
         assert result.equivalents == count + descent.PRICE * len(slopes) <= evaluations
+        assert result.slopes == descent.PRICE * len(slopes)
         assert bool(slopes) == (evaluations >= 8)
         assert count >= 3
 

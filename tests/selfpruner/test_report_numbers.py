@@ -49,6 +49,7 @@ def _search_texts(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for key in ("evaluations", "llm_calls", "llm_tokens", "fallbacks"):
         yield key, f"{data['search'][key]:,}"
     yield "equivalents", f"{data['search']['equivalents']:.1f}"
+    yield "slopes", f"{data['search']['slopes']:.1f} of them for slopes"
     for key in ("best_fitness", "selected_fitness", "selection_fitness"):
         yield key, f"{data['search'][key]:.4f}"
     for row in data["generations"]:
