@@ -33,7 +33,7 @@ PRICE = 5
 
 _MEMORY = 0.9  # weight of slopes beside those of a generation later
 _DAMPING = (0.5, 4.0)  # least and largest
-_GOLDEN = 0.618  # draws of a generation are spread over the range, whatever their number
+_GOLDEN = 0.618  # shifts the draw of each slot
 _KEPT = 3  # evaluations that slopes leave at least: they are for plans
 
 
@@ -64,7 +64,7 @@ def measure(context: SearchContext, after: int) -> bool:
 def step(context: SearchContext, slot: Slot, rng: np.random.Generator) -> Levels | None:
     """Return a plan downhill of the best one, None where no slopes are known.
 
-    How far it goes depends on the slot: dampings of a generation are spread over their range.
+    How far it goes is drawn: the damping from its range, on a logarithmic scale.
     """
     lines = [x for x in context.ledger.slopes() if x.generation < slot.generation]
     if not lines:

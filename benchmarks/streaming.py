@@ -3,9 +3,10 @@
     python -m benchmarks.streaming [--hidden 512] [--layers 6] [--threads 1]
 
 Random LLaMAs of equal width with L and 2 L layers are compressed with `memory` whole and streamed,
-each run in a process of its own, the refit and one control included. What counts is memory that
-cannot be dropped: RssAnon of /proc/PID/status, read every 10 ms; pages of files that are mapped are
-not in it. `start` is what the process holds once everything is imported and nothing is loaded.
+each run in a process of its own, with curvature, slopes, the refit and one control. What counts is
+memory that cannot be dropped: RssAnon of /proc/PID/status, read every 10 ms; pages of files that
+are mapped are not in it. `start` is what the process holds once everything is imported and nothing
+is loaded.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ SETTINGS = {
     "dtype": "float32",
     "device": "cpu",
     "pruning": {"step": 64},
-    "search": {"allocator": "genetic", "population": 4, "crossover": 2, "mutate": 2},
+    "search": {"population": 3, "crossover": 1, "mutate": 2},
     "evaluation": {"tasks": [], "batch_size": 4, "controls": ["uniform_mlp"]},
 }
-LENGTH, EVALUATIONS = 128, 5
+LENGTH, EVALUATIONS = 128, 12  # slopes take five of them
 TOKENS = {"calibrate": 1024, "search": 512, "select": 512, "report": 512}
 
 
@@ -43,7 +44,7 @@ class Peak:
         start: after the imports.
         peak: the most that was seen.
         seconds: of the process.
-        outcome: what both ways have to agree on: fitness of all plans, the plan and its ranking.
+        outcome: what both ways have to agree on: fitness of all plans, slopes, plan and ranking.
     """
 
     start: int
@@ -121,6 +122,7 @@ def _watched(config: Path, folder: Path, threads: int) -> Peak:
     start = json.loads(folder.with_suffix(".start.json").read_text())
     lines = (folder / "candidates.jsonl").read_text().splitlines()
     outcome = [json.loads(line)["scores"]["fitness"] for line in lines]
+    outcome += json.loads((folder / "slopes.jsonl").read_text())["table"]
     outcome.append(json.loads((folder / "plan.json").read_text()) | {"model": None})
     return Peak(start, peak, seconds, outcome)
 
@@ -202,7 +204,7 @@ def _table(found: dict[tuple[str, int], Peak], layers: int) -> str:
     same = all(
         found["whole", n].outcome == found["streamed", n].outcome for n in (layers, 2 * layers)
     )
-    return "\n".join([*lines, f"same fitness of all plans and same plan in both ways: {same}"])
+    return "\n".join([*lines, f"same fitness of all plans, slopes and plan in both ways: {same}"])
 
 
 if __name__ == "__main__":

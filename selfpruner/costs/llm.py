@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.descent import PRICE
 from agent.estimate import estimate
 from agent.ledger import Ledger
 from agent.state import SearchContext
@@ -62,9 +63,11 @@ def asking(config: RunConfig, grid: Grid, budget: Budget, layers: int) -> Asking
 
 def num_generations(config: RunConfig) -> int:
     """Return the generations after the first, no plan dropping out of a race."""
-    search = config.search
-    later = search.evaluations - search.population
-    beside = int(search.window is not None)
+    search, sequences = config.search, config.data.search.tokens // config.data.length
+    each = min(search.window or sequences, sequences)
+    slopes = PRICE * min(search.slopes, sequences) / each if search.uses_slopes else 0.0
+    later = search.evaluations - search.population - slopes
+    beside = int(search.window is not None) + slopes
     return max(0, math.ceil(later / (search.crossover + search.mutate + beside)))
 
 
