@@ -14,6 +14,7 @@ import pytest
 from selfpruner.config import CONFIGS, load_config
 from selfpruner.costs.estimate import CostEstimate, StageCost, devices_needed, estimate_costs
 from selfpruner.costs.hardware import known_hardware, load_hardware
+from selfpruner.costs.llm import num_generations
 from selfpruner.costs.table import COLUMNS, notes, plain, rows
 
 Estimating = Callable[..., CostEstimate]
@@ -120,6 +121,13 @@ def test_an_evaluation_is_a_window_or_all_there_is(estimated: Estimating) -> Non
     tokens = [stage(estimated(x, "data.choices=0", many), "search").tokens for x in windows]
     assert tokens[1] == 2 * tokens[0] == 1600 * 16 * 256
     assert tokens[2] == 3 * tokens[1]
+
+
+@pytest.mark.parametrize(("allocator", "generations"), [("descent", 7), ("guided", 13)])
+def test_generations_pay_for_their_slopes(allocator: str, generations: int) -> None:
+    """Five plans and the one beside them a generation, five more for slopes where there are any."""
+    settings = [f"search.allocator={allocator}", "search.evaluations=80"]
+    assert num_generations(load_config(CONFIGS / "demo.yaml", settings=settings)) == generations
 
 
 def test_a_smaller_budget_costs_less_in_the_search_and_nothing_less_before(
