@@ -63,12 +63,17 @@ def asking(config: RunConfig, grid: Grid, budget: Budget, layers: int) -> Asking
 
 def num_generations(config: RunConfig) -> int:
     """Return the generations after the first, no plan dropping out of a race."""
-    search, sequences = config.search, config.data.search.tokens // config.data.length
-    each = min(search.window or sequences, sequences)
-    slopes = PRICE * min(search.slopes, sequences) / each if search.uses_slopes else 0.0
+    search, slopes = config.search, slopes_charge(config)
     later = search.evaluations - search.population - slopes
     beside = int(search.window is not None) + slopes
     return max(0, math.ceil(later / (search.crossover + search.mutate + beside)))
+
+
+def slopes_charge(config: RunConfig) -> float:
+    """Return the full evaluations that the slopes of a generation are charged as, 0 without."""
+    search, sequences = config.search, config.data.search.tokens // config.data.length
+    each = min(search.window or sequences, sequences)
+    return PRICE * min(search.slopes, sequences) / each if search.uses_slopes else 0.0
 
 
 def _context(

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from agent.descent import PRICE
 from agent.settings import Operators
 from pruning.architecture import Architecture
 from pruning.plan import Grid
@@ -15,7 +14,7 @@ from selfpruner.config import RunConfig
 from selfpruner.costs import judging, surgery
 from selfpruner.costs.answering import answering
 from selfpruner.costs.hardware import Hardware, Precision
-from selfpruner.costs.llm import Asking
+from selfpruner.costs.llm import Asking, slopes_charge
 from selfpruner.costs.memory import Memory, MemoryModel
 from selfpruner.costs.scoring import Scoring
 from selfpruner.costs.timing import latency_table
@@ -331,17 +330,13 @@ class RunStages:
         """
         search = self.config.search
         rounds = 1 if search.racing.is_off else len(search.racing.rounds)
-        each = search.population + self._slopes
-        return math.ceil(count / each) * (rounds + 2 * bool(self._slopes))
-
-    @property
-    def _slopes(self) -> float:
-        """Full evaluations that the slopes of a generation are charged as."""
-        return PRICE * self.memory.slope_tokens / self._scored_tokens
+        slopes = slopes_charge(self.config)
+        return math.ceil(count / (search.population + slopes)) * (rounds + 2 * bool(slopes))
 
     def _sloping_and_shared(self, works: Sequence[Work]) -> list[Work]:
         """Return the part of the works that is slopes, and what workers share of the others."""
-        share = self._slopes / (self.config.search.population + self._slopes)
+        slopes = slopes_charge(self.config)
+        share = slopes / (self.config.search.population + slopes)
         scored = self._shared([times(work, 1 - share) for work in works])
         return [*(times(work, share) for work in works if share), *scored]
 
