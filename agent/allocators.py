@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from agent.knapsack import finite
 from agent.projection import Floats, Levels, Space
 
 Sensitivity = Sequence[Sequence[Sequence[float]]]
@@ -44,7 +45,7 @@ def heuristic(space: Space, sensitivity: Sensitivity) -> Levels:
             if space.budget.is_within(levels):
                 break
             levels = _cut(space, levels, layer, block, level)
-    errors = [[_clean(sensitivity[i][1])] for i in range(space.layers)]
+    errors = [[finite(sensitivity[i][1])] for i in range(space.layers)]
 
     def gain(layer: int, level: int) -> float:
         costs, error = space.budget.mlp[layer], errors[layer][0]
@@ -117,7 +118,7 @@ def _cuts(
     for layer, pair in enumerate(levels):
         for block in (0, 1):
             costs = (space.budget.attention, space.budget.mlp)[block][layer]
-            errors = _clean(sensitivity[layer][block])
+            errors = finite(sensitivity[layer][block])
             hull = _lower_hull(costs, errors, floors[block], pair[block])
             for upper, lower in pairwise(hull):
                 slope = (errors[lower] - errors[upper]) / (costs[upper] - costs[lower])
@@ -153,7 +154,3 @@ def _is_above(costs: Sequence[float], errors: Floats, left: int, middle: int, ri
     whole = (errors[right] - errors[left]) * (costs[left] - costs[middle])
     part = (errors[middle] - errors[left]) * (costs[left] - costs[right])
     return bool(part >= whole)
-
-
-def _clean(errors: Sequence[float]) -> Floats:
-    return np.nan_to_num(np.asarray(errors, dtype=np.float64), nan=1e6, posinf=1e6, neginf=0.0)

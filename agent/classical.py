@@ -41,6 +41,9 @@ class Classical(Protocol):
     def plan(self, context: SearchContext, slot: Slot, rng: Generator, attempt: int) -> Levels:
         """Return a plan for `slot`; `attempt` counts those that turned out to be known already."""
 
+    def ancestors(self, context: SearchContext, slot: Slot) -> tuple[Candidate, ...]:
+        """Return whom that plan descends from, for the record."""
+
 
 class Random:
     """Plans of random rates, each drawn anew (control C2: random on the simplex)."""
@@ -58,6 +61,11 @@ class Random:
         """Return a plan of random rates around the target."""
         del slot, attempt
         return population.random_plan(context.space, rng, context.settings.granularity)
+
+    def ancestors(self, context: SearchContext, slot: Slot) -> tuple[Candidate, ...]:
+        """Return none."""
+        del context, slot
+        return ()
 
 
 class RandomSeeded(Random):
@@ -92,6 +100,11 @@ class Genetic:
         if not context.settings.seed_plan:
             return population.random_plan(context.space, rng, context.settings.granularity)
         return _mutated(context, context.first_plan, _WARM_UP + attempt, rng)
+
+    def ancestors(self, context: SearchContext, slot: Slot) -> tuple[Candidate, ...]:
+        """Return the parents that were chosen for the slot."""
+        del context
+        return slot.parents
 
 
 class Evolution(Genetic):
@@ -148,6 +161,10 @@ class Descent(Evolution):
         if levels is None:
             return CLASSICAL["guided"].plan(context, slot, rng, attempt)
         return _mutated(context, levels, attempt // 8, rng)
+
+    def ancestors(self, context: SearchContext, slot: Slot) -> tuple[Candidate, ...]:
+        """Return the plan that steps are taken from, whoever chose the slot's parents."""
+        return tuple(descent.footing(context, slot.generation))
 
 
 CLASSICAL: dict[str, Classical] = {

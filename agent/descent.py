@@ -7,7 +7,9 @@ angles, so that losses of nested cuts add up. Both together are a model of fitne
 It has no products of blocks, and is damped for that: losses count up to four times on the way from
 the best plan, as in the method of Levenberg and Marquardt (SIAM Journal 11, 1963, page 431). With a
 price for every level of every block the best step is a knapsack. Models around earlier plans, which
-lay near, are averaged in: one of few sequences tells more of the sequences than of the plan.
+lay near, are averaged in: one of few sequences tells more of the sequences than of the plan. Before
+any score the curves are cut errors in a unit of their own, smaller than fitness where it was
+measured: the first steps are longer than their damping says.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from agent.candidate import Candidate
 from agent.knapsack import Losses, knapsack
 from agent.ledger import SlopeLine
 from agent.projection import Floats, Levels
@@ -33,13 +36,13 @@ PRICE = 5
 
 _MEMORY = 0.9  # weight of slopes beside those of a generation later
 _DAMPING = (0.5, 4.0)  # least and largest
-_GOLDEN = 0.618  # shifts the draw of each slot
 _KEPT = 3  # evaluations that slopes leave at least: they are for plans
 
 
 def charge(context: SearchContext) -> Fraction:
-    """Return the full evaluations that measuring slopes counts as."""
-    return Fraction(PRICE * _count(context), context.per_evaluation)
+    """Return the full evaluations that the slopes of a plan count as, 0 where none are measured."""
+    used = context.settings.uses_slopes and context.slopes is not None
+    return Fraction(PRICE * _count(context) * used, context.per_evaluation)
 
 
 def measure(context: SearchContext, after: int) -> bool:
@@ -49,16 +52,23 @@ def measure(context: SearchContext, after: int) -> bool:
     where the plans that slopes are for could not be paid any more. Before the first generation
     `after` is -1.
     """
-    left = context.settings.evaluations - context.ledger.equivalents() - charge(context)
+    price = charge(context)
+    left = context.settings.evaluations - context.ledger.equivalents() - price
     known = any(x.generation == after for x in context.ledger.slopes())
-    if context.slopes is None or known or left < _KEPT:
+    if not price or known or left < _KEPT:
         return False
+    assert context.slopes is not None  # they have a price
     plan = context.grid.plan(_base(context, after + 1))
     table = context.slopes(plan, _sequences(context, after))
     rows = tuple((tuple(attention), tuple(mlp)) for attention, mlp in table)
     genotype = tuple((x.kv_groups, x.q_per_group, x.mlp_channels) for x in plan.layers)
-    context.ledger.add_slopes(SlopeLine(after, genotype, charge(context), rows))
+    context.ledger.add_slopes(SlopeLine(after, genotype, price, rows))
     return True
+
+
+def footing(context: SearchContext, generation: int) -> list[Candidate]:
+    """Return the candidate that a generation's steps are taken from, none before the first."""
+    return ranked(context, 1, generation, complete=True)
 
 
 def step(context: SearchContext, slot: Slot, rng: np.random.Generator) -> Levels | None:
@@ -70,8 +80,7 @@ def step(context: SearchContext, slot: Slot, rng: np.random.Generator) -> Levels
     if not lines:
         return None
     least, largest = _DAMPING
-    place = (slot.index * _GOLDEN + rng.uniform()) % 1
-    damping = least * (largest / least) ** place
+    damping = least * (largest / least) ** rng.uniform()
     base = _base(context, slot.generation)
     curves = surrogate(context, slot.generation).table()
     models, losses = _models(context, lines, curves), _losses(curves, base)
@@ -115,9 +124,9 @@ def _losses(curves: Losses, plan: Levels) -> Table:
 
 
 def _base(context: SearchContext, generation: int) -> Levels:
-    """Return the best plan before a generation, the first one of all before any."""
-    best = ranked(context, 1, generation, complete=True)
-    return context.grid.levels(best[0].plan) if best else context.first_plan
+    """Return the plan that steps are taken from; before any score one handed in, or the first."""
+    known = [x.plan for x in footing(context, generation)] or context.starts
+    return context.grid.levels(known[0]) if known else context.first_plan
 
 
 def _sequences(context: SearchContext, after: int) -> list[int]:

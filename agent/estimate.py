@@ -30,7 +30,7 @@ def estimate(context: SearchContext) -> Estimate:
     if not settings.asks_llm:
         return Estimate(0, 0, 0.0)
     seen = 1 if settings.racing.is_off else _SEEN
-    slopes = float(descent.charge(context)) if settings.uses_slopes else 0.0
+    slopes = float(descent.charge(context))
     plans = math.ceil(max(1.0, settings.evaluations - slopes) / seen)
     first = min(settings.population, plans)
     brood = settings.crossover + settings.mutate

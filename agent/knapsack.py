@@ -36,7 +36,7 @@ def knapsack(space: Space, losses: Losses) -> Levels:
     spans = [range(space.bounds[b][0], space.bounds[b][1] + 1) for _, b in blocks]
     costs = [space.costs[b][i, s.start : s.stop] for (i, b), s in zip(blocks, spans, strict=True)]
     table = [
-        _clean(losses[i][b])[s.start : s.stop] for (i, b), s in zip(blocks, spans, strict=True)
+        finite(losses[i][b])[s.start : s.stop] for (i, b), s in zip(blocks, spans, strict=True)
     ]
     weights, capacity = _whole(costs, space.budget.limit)
     picks = _least(weights, table, capacity)
@@ -97,7 +97,7 @@ def _least(weights: Sequence[Integers], losses: Sequence[Floats], capacity: int)
 def _filled(space: Space, levels: Levels, losses: Losses) -> Levels:
     """Return `levels` with MLP steps added while any fits, allowed ones first."""
     cap = space.bounds[1][1]
-    mlp = [_clean(x[1]) for x in losses]
+    mlp = [finite(x[1]) for x in losses]
 
     def gain(layer: int, level: int) -> float:
         costs, loss = space.budget.mlp[layer], mlp[layer]
@@ -107,6 +107,7 @@ def _filled(space: Space, levels: Levels, losses: Losses) -> Levels:
     return space.grow(levels, gain)
 
 
-def _clean(losses: Sequence[float] | Floats) -> Floats:
+def finite(losses: Sequence[float] | Floats) -> Floats:
+    """Return losses that can be compared: what is not finite is a million, or 0 where gained."""
     values = np.asarray(losses, dtype=np.float64)
     return np.nan_to_num(values, nan=_WORST, posinf=_WORST, neginf=0.0)

@@ -222,6 +222,14 @@ class Ledger:
         charges = [x.charge for x in pool if before is None or x.generation < before]
         return sum(charges, sum((x.charge for x in self._probes), Fraction()))
 
+    def price(self, generation: int) -> Fraction:
+        """Return the full evaluations that the plans up to a generation took.
+
+        Slopes that were measured after it are for plans of the next.
+        """
+        later = (x.charge for x in self._slopes if x.generation == generation)
+        return self.equivalents(before=generation + 1) - sum(later, Fraction())
+
     def charged(self, generation: int | None = None, operator: str = "") -> Charge:
         """Return what all calls cost, or those before this operator of this generation."""
         lines: Iterable[LlmLine] = self._lines

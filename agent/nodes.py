@@ -175,7 +175,7 @@ def _tell_probe(context: SearchContext, probe: Probe) -> None:
 
 
 def _measure_slopes(context: SearchContext, after: int) -> None:
-    if context.settings.uses_slopes and descent.measure(context, after):
+    if descent.measure(context, after):
         get_stream_writer()(
             {
                 "kind": "slopes",

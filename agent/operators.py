@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from agent import population
@@ -143,11 +143,13 @@ def _settled(
             by: Origin = "llm_repaired" if answer.repaired else "llm"
             return Proposal(slot, by, answer.value, tokens)
     origin: Origin = "classical" if answer is None else "fallback"
+    allocator = operators_of(context)
     for attempt in range(_RETRIES):
         rng = population.generator(context.seed, generation, slot.index, attempt)
-        levels = operators_of(context).plan(context, slot, rng, attempt)
+        levels = allocator.plan(context, slot, rng, attempt)
         key = context.grid.plan(levels).key
         if key not in seen:
             seen.add(key)
-            return Proposal(slot, origin, levels, tokens)
+            bred = replace(slot, parents=allocator.ancestors(context, slot))
+            return Proposal(bred, origin, levels, tokens)
     return None

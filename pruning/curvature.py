@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pruning.backward import backward
 from pruning.families import Family, run_attention, run_layer, run_mlp
 from pruning.reconstruction.damping import factored
 from pruning.spool import Spool, Tensors, held
@@ -92,23 +92,17 @@ def _back(
     gradients: list[Tensor],
     rotary: tuple[Tensor, Tensor],
 ) -> dict[str, Tensor]:
-    """Take the gradients (B, T, D) from behind a layer to before it; return the roots on the way.
-
-    What a block writes is added to the residual stream, so that the gradient of its output is
-    that of the stream behind it. Attention goes the plain way: on a GPU the gradients of its fused
-    kernels differ from call to call, and a resumed run has to find the same ranking.
-    """
+    """Take the gradients (B, T, D) from behind a layer to before it; return the roots."""
     attention, mlp = _Fisher(), _Fisher()
     for index, entering in enumerate(inputs):
         mlp.add(gradients[index])
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            before = entering.detach().requires_grad_()
-            middle = run_attention(layer, before, rotary)
-            cut = middle.detach().requires_grad_()
-            after = run_mlp(layer, cut)
-        (gradient,) = torch.autograd.grad(after, cut, gradients[index])
-        attention.add(gradient)
-        (gradients[index],) = torch.autograd.grad(middle, before, gradient)
+        between, gradients[index] = backward(
+            entering,
+            lambda x: run_attention(layer, x, rotary),
+            lambda x: run_mlp(layer, x),
+            gradients[index],
+        )
+        attention.add(between)
     return {"attention": attention.root(), "mlp": mlp.root()}
 
 

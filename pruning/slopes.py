@@ -17,8 +17,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pruning.backward import backward
 from pruning.elastic import ElasticModel, Run, run_cut_layer
 from pruning.elastic_layer import LayerParameters
 from pruning.families import Family, run_attention, run_mlp
@@ -102,31 +102,29 @@ class _Back:
         self.attention, self.mlp = _Gathered(), _Gathered()
 
     def __call__(self, before_BTD: Tensor, gradient_BTD: Tensor) -> Tensor:
-        """Return the gradient (B, T, D) before the layer, given that behind it.
-
-        Attention goes the plain way: on a GPU the gradients of its fused kernels differ from call
-        to call.
-        """
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            before = before_BTD.detach().requires_grad_()
-            heads, middle = self._run(self._family.o, run_attention, before)
-            cut = middle.detach().requires_grad_()
-            channels, after = self._run(self._family.down, _run_mlp, cut)
-        self.mlp.add(gradient_BTD, channels)
-        (gradient,) = torch.autograd.grad(after, cut, gradient_BTD)
-        self.attention.add(gradient, heads)
-        found: Tensor
-        (found,) = torch.autograd.grad(middle, before, gradient)
+        """Return the gradient (B, T, D) before the layer, given that behind it."""
+        entering: dict[str, Tensor] = {}
+        o, down = self._family.o, self._family.down
+        between, found = backward(
+            before_BTD,
+            lambda x: self._run(o, run_attention, x, entering),
+            lambda x: self._run(down, _run_mlp, x, entering),
+            gradient_BTD,
+        )
+        self.mlp.add(gradient_BTD, entering[down])
+        self.attention.add(between, entering[o])
         return found
 
-    def _run(self, role: str, run: Run, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what enters the output projection `role` of a block, and its output."""
-        entered: list[Tensor] = []
-        with inputs_of(self._layer.get_submodule(role), entered.append):
-            output = run_cut_layer(
+    def _run(self, role: str, run: Run, hidden_BTD: Tensor, entering: dict[str, Tensor]) -> Tensor:
+        """Return the output of a block; what enters its output projection goes to `entering`."""
+
+        def keep(x: Tensor) -> None:
+            entering[role] = x.detach()
+
+        with inputs_of(self._layer.get_submodule(role), keep):
+            return run_cut_layer(
                 self._layer, self._dense, self._parameters, hidden_BTD, self._rotary, run
             )
-        return entered[0].detach(), output
 
 
 class _Gathered:

@@ -49,7 +49,8 @@ __all__ = [
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
-FITNESSES = ("kl", "kl_top512", "perplexity", "accuracy", "latency")
+TEXT_TERMS = ("kl", "kl_top512", "perplexity")  # they meet the vocabulary
+FITNESSES = (*TEXT_TERMS, "accuracy", "latency")
 
 
 class RunConfig(Settings):
@@ -154,6 +155,17 @@ class RunConfig(Settings):
     def alignment(self, *, on_gpu: bool) -> Alignment:
         """Return what `pruning.target` asks of widths, or else what the device is fast at."""
         return Alignment.of(self.pruning.target or ("tensor-cores" if on_gpu else "cpu"))
+
+    @property
+    def text_terms(self) -> tuple[str, ...]:
+        """Terms of the fitness that are losses on text."""
+        return tuple(x for x in TEXT_TERMS if self.fitness.get(x))
+
+    @property
+    def measures_slopes(self) -> bool:
+        """Whether the search goes by slopes: of text terms, and of a model that is ranked once."""
+        known = bool(self.text_terms) and self.pruning.statistics == "frozen"
+        return known and self.search.uses_slopes
 
     @property
     def weighs_latency(self) -> bool:

@@ -267,7 +267,7 @@ def _steps(found: SearchResult, arena: Arena, ledger: Ledger) -> Iterator[dict[s
     fresh = dict(zip(plans, mean_fitness(arena.selection, plans), strict=True))
     for generation, candidate in changes:
         yield {
-            "evaluations": float(ledger.equivalents(before=generation + 1)),
+            "evaluations": float(ledger.price(generation)),
             "tokens": sum(x.tokens for x in ledger.lines() if x.generation <= generation),
             "fitness": candidate.fitness,
             "selection_fitness": fresh[candidate.plan],

@@ -22,9 +22,10 @@ from pruning.plan import Grid, Plan
 from pruning.slopes import Slopes, stream_slopes
 from pruning.spool import Spool
 from pruning.streaming import final_states, is_streamed
+from selfpruner.config import TEXT_TERMS
 from selfpruner.latency_table import LatencyTable
 
-TEXT_TERMS = ("kl", "kl_top512", "perplexity")
+_SCALE = 2.0**12  # of losses on their way back: their gradients in float16 would come to nothing
 
 
 class Runs(Protocol):
@@ -160,7 +161,7 @@ class Fitness:
             found = [self._gradient(chosen[i], x) for i, x in zip(rows, hidden_BTD, strict=True)]
             return torch.stack(found) / len(chosen)
 
-        found = stream_slopes(
+        scaled = stream_slopes(
             self._runs,
             plan,
             grid,
@@ -169,6 +170,10 @@ class Fitness:
             batch_size=self._batch_size,
             spool=spool,
         )
+        found = [
+            ([x / _SCALE for x in attention], [x / _SCALE for x in mlp])
+            for attention, mlp in scaled
+        ]
         return self._with_latency(found, grid, plan)
 
     def accuracy(self, plan: Plan) -> float:
@@ -201,12 +206,12 @@ class Fitness:
             yield self._weights[name], losses
 
     def _gradient(self, sequence: int, last_TD: Tensor) -> Tensor:
-        """Return the gradient (T, D) of the text terms where the last layer ends."""
+        """Return the gradient (T, D) of the scaled text terms where the last layer ends."""
         with torch.enable_grad():
             last = last_TD.detach().requires_grad_()
             hidden = self._family.final_norm(self._dense)(last)
             losses = [weight * x.mean() for weight, x in self._losses(sequence, hidden[:-1])]
-            (gradient,) = torch.autograd.grad(torch.stack(losses).sum(), last)
+            (gradient,) = torch.autograd.grad(_SCALE * torch.stack(losses).sum(), last)
         return gradient
 
     def _refer(self, sequences: Sequence[int]) -> None:

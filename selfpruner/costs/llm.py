@@ -18,6 +18,7 @@ from agent.state import SearchContext
 from prompts.library import load_strategy
 from pruning.budget import Budget
 from pruning.plan import Grid, Plan
+from pruning.slopes import Slopes
 from selfpruner.config import RunConfig
 
 
@@ -73,7 +74,7 @@ def slopes_charge(config: RunConfig) -> float:
     """Return the full evaluations that the slopes of a generation are charged as, 0 without."""
     search, sequences = config.search, config.data.search.tokens // config.data.length
     each = min(search.window or sequences, sequences)
-    return PRICE * min(search.slopes, sequences) / each if search.uses_slopes else 0.0
+    return PRICE * min(search.slopes, sequences) / each if config.measures_slopes else 0.0
 
 
 def _context(
@@ -87,6 +88,7 @@ def _context(
         grid=grid,
         budget=budget,
         score=_no_score,
+        slopes=_no_slopes if config.measures_slopes else None,
         sequences=(0,),
         sensitivity=[errors] * layers,
         assess=None,
@@ -105,3 +107,7 @@ def _errors(kept: Sequence[int]) -> list[float]:
 
 def _no_score(plans: Sequence[Plan], sequences: Sequence[int]) -> NDArray[np.float64]:
     raise AssertionError(f"an estimate scores nothing: {len(plans)} plans, {len(sequences)} rows")
+
+
+def _no_slopes(plan: Plan, sequences: Sequence[int]) -> Slopes:
+    raise AssertionError(f"an estimate goes nowhere: {plan.key}, {len(sequences)} rows")

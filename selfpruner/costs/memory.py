@@ -118,7 +118,7 @@ class MemoryModel:
         """Tokens on which the slopes of a plan are measured, 0 where none are."""
         data, search = self.config.data, self.config.search
         sequences = min(search.slopes, data.search.tokens // data.length)
-        return sequences * data.length if search.uses_slopes else 0
+        return sequences * data.length if self.config.measures_slopes else 0
 
     @property
     def slopes(self) -> float:
@@ -170,7 +170,8 @@ class MemoryModel:
     def score(self) -> Memory:
         """Return the peak while plans are scored, or slopes measured.
 
-        References of all search and selection tokens are there throughout.
+        References of all search and selection tokens are there throughout. On their way back the
+        losses of one sequence keep its logits twice, and once more in float32.
         """
         data, shapes = self.config.data, self._shapes
         cached = min(CACHE_BYTES, self.pruned.kept * self._output_bytes)
@@ -178,6 +179,9 @@ class MemoryModel:
         solve = 8.0 * shapes.outputs * k + 4.0 * k * k if self._corrects else 0.0
         references = 4.0 * (data.search.tokens + data.select.tokens) * shapes.outputs
         streams, back = self._way_back(self.slope_tokens)
+        if self.slope_tokens:
+            logits = data.length * self._architecture.vocabulary * len(self.config.text_terms)
+            back = max(back, (4 + 2 * BYTES[self.dense.precision]) * logits)
         held = replace(
             self._ranked,
             streams=references + max(self._generation, streams),

@@ -10,8 +10,6 @@ from selfpruner.costs import surgery
 from selfpruner.costs.surgery import Shapes
 from selfpruner.costs.work import Running, Work, times
 
-TEXT_TERMS = ("kl", "kl_top512", "perplexity")
-
 
 @dataclass(frozen=True)
 class Scoring:
@@ -30,25 +28,20 @@ class Scoring:
     caches_plans: bool
     step: int
 
-    @property
-    def terms(self) -> list[str]:
-        """Terms of the fitness that meet the vocabulary."""
-        return [name for name in TEXT_TERMS if self.config.fitness.get(name)]
-
     def references(self, tokens: int) -> list[Work]:
         """Return what the dense model predicts, once: its own pass, then two with the head."""
         length = self.config.data.length
         return [
             self.dense.passes(tokens, length, 1, head=2 * tokens)
-            for name in self.terms
+            for name in self.config.text_terms
             if name != "perplexity"
         ]
 
     def scores(self, count: int, tokens: int) -> list[Work]:
         """Return `count` plans on `tokens` tokens each, every text term meeting the head."""
-        if not self.terms:
+        if not self.config.text_terms:
             return []
-        head = len(self.terms) * tokens
+        head = len(self.config.text_terms) * tokens
         one = self.pruned.passes(
             tokens, self.config.data.length, self.config.evaluation.batch_size, head=head
         )

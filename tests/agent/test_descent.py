@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from agent import descent
+from agent.drivers.driver import Completion, MayRetry, Request
 from agent.graph import run_search
 from agent.knapsack import knapsack
 from agent.ledger import Ledger, SlopeLine
@@ -35,6 +37,12 @@ def _optimum(context: SearchContext) -> float:
     return float(score([plan], [0])[0, 0])
 
 
+def _flat(context: SearchContext) -> list[list[list[float]]]:
+    """Losses of blocks that are all alike."""
+    sizes = context.grid.attention, context.grid.mlp
+    return [[[(1 - x / size[-1]) ** 2 for x in size] for size in sizes]] * context.space.layers
+
+
 def _counting(context: SearchContext) -> tuple[SearchContext, list[tuple[Plan, list[int]]]]:
     assert context.slopes is not None
     honest, calls = context.slopes, []
@@ -51,6 +59,27 @@ class _Undamped:
 
     def uniform(self) -> float:
         return 1 / 3
+
+
+@dataclass
+class _Contrary:
+    """Chooses the worst parents, and has no plans."""
+
+    context: SearchContext
+
+    def complete(self, requests: Sequence[Request], _: MayRetry) -> Iterator[Completion]:
+        strategy = self.context.strategy
+        assert strategy is not None
+        for number, request in enumerate(requests):
+            reply = "none"
+            if request.place.operator == "select":
+                known = request.schema["properties"]["parents"]["items"]["enum"]
+                words = strategy.words("select")
+                reply = json.dumps({**dict.fromkeys(words, "so"), "parents": known[:-4:-1]})
+            yield Completion(number, reply, 100, 20, 0.5, "fake")
+
+    def close(self) -> None:
+        pass
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -82,6 +111,43 @@ def test_slopes_are_those_of_the_best_plan_on_sequences_from_the_end(
         best = context.ledger.best(1, line.generation + 1, complete=True)
         assert plan == (best[0].plan if best else context.grid.plan(context.first_plan))
         assert line.genotype == tuple(tuple(x) for x in plan.to_json())
+
+
+def test_the_first_generation_steps_from_a_plan_handed_in(scene: Scene, tmp_path: Path) -> None:
+    """Searches of a front begin with a plan of their neighbour: slopes are taken there."""
+    context, calls = _counting(scene(allocator="descent", folder=tmp_path))
+    context = replace(context, starts=[context.grid.plan(knapsack(context.space, _flat(context)))])
+    assert descent.measure(context, -1)
+    assert [x for x, _ in calls] == list(context.starts)
+    assert context.starts[0] != context.grid.plan(context.first_plan)
+
+
+def test_steps_descend_from_the_plan_they_are_taken_from(scene: Scene, tmp_path: Path) -> None:
+    """Also where the LLM chose other parents, and its plans cannot be read."""
+    context = scene(allocator="hybrid", operators="descent", evaluations=60, folder=tmp_path)
+    context = replace(context, driver=_Contrary(context))
+    run_search(context, tmp_path / "checkpoints.sqlite")
+    later = [x for x in context.ledger.candidates() if x.generation > 0]
+    steps = [x for x in later if x.origin in ("classical", "fallback")]
+    assert {x.origin for x in steps} == {"classical", "fallback"}
+    for candidate in steps:
+        (best,) = context.ledger.best(1, candidate.generation, complete=True)
+        assert candidate.parents == (best.id,)
+    chosen = [x for x in context.ledger.lines() if x.operator == "select"]
+    assert {x.outcome for x in chosen} == {"accepted"}
+
+
+def test_a_curve_counts_slopes_with_the_plans_that_they_are_for(
+    scene: Scene, tmp_path: Path
+) -> None:
+    context = scene(allocator="descent", evaluations=60, slopes=4, folder=tmp_path, population=5)
+    run_search(context, tmp_path / "checkpoints.sqlite")
+    ledger, last = context.ledger, context.ledger.candidates()[-1].generation
+    count = [sum(x.generation <= i for x in ledger.candidates()) for i in range(last + 1)]
+    assert len(ledger.slopes()) == last + 1
+    for generation in range(last + 1):
+        assert ledger.price(generation) == count[generation] + descent.PRICE * (generation + 1)
+    assert ledger.price(last) == ledger.equivalents()
 
 
 def test_slopes_are_charged_and_leave_room_for_plans(scene: Scene, tmp_path: Path) -> None:
@@ -123,8 +189,8 @@ def test_steps_differ_in_length(scene: Scene, tmp_path: Path) -> None:
     descent.measure(context, -1)
     start = context.space.shares(context.first_plan)
     lengths = []
-    for index in range(8):
-        plan = descent.step(context, Slot(0, index, "generate"), np.random.default_rng(1))
+    for seed in range(8):
+        plan = descent.step(context, Slot(0, 0, "generate"), np.random.default_rng(seed))
         assert plan is not None
         assert context.budget.is_within(plan)
         lengths.append(float(np.abs(context.space.shares(plan) - start).sum()))

@@ -23,10 +23,9 @@ from pruning.reconstruction import ridge
 from pruning.spool import Spool
 from pruning.statistics import stream_statistics
 from selfpruner.config import CONFIGS, RunConfig, load_config
-from selfpruner.costs import judging, memory, scoring, surgery
+from selfpruner.costs import judging, memory, surgery
 from selfpruner.costs.memory import MemoryModel
 from selfpruner.costs.work import Running
-from selfpruner.fitness import TEXT_TERMS
 
 
 def _model() -> nn.Module:
@@ -155,4 +154,3 @@ def test_constants_are_the_program_s_own() -> None:
     assert loading.SPREAD_SHARE == judging.SPREAD_SHARE
     assert len(refit.RIDGES) == surgery.REFIT_RIDGES
     assert len(ridge.RIDGES) == surgery.RANK_RIDGES
-    assert scoring.TEXT_TERMS == TEXT_TERMS
