@@ -51,7 +51,7 @@ def elastic() -> ElasticModel:
     return _ranked()
 
 
-def _ranked(quiet: float = 1.0) -> ElasticModel:
+def _ranked(quiet: float = 1.0, dtype: torch.dtype = torch.float64) -> ElasticModel:
     """A ranked random model; `quiet` scales what its second MLP writes."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -64,7 +64,7 @@ def _ranked(quiet: float = 1.0) -> ElasticModel:
         max_position_embeddings=128,
         initializer_range=0.1,
     )
-    model = LlamaForCausalLM(config).double().eval().requires_grad_(False)
+    model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
     family, architecture = family_of(model)
     model.get_submodule("model.layers.1.mlp.down_proj").weight.mul_(quiet)
     recipe = Recipe("wanda_sp", "least_squares", 0.01)
@@ -246,6 +246,15 @@ def test_slopes_are_weighted_and_summed(elastic: ElasticModel) -> None:
     for whole, *parts in zip(both, *each, strict=True):
         for curve, *terms in zip(whole, *parts, strict=True):
             assert np.allclose(curve, np.sum(terms, axis=0), rtol=1e-6, atol=1e-9)
+
+
+def test_gradients_in_float16_do_not_come_to_nothing() -> None:
+    elastic = _ranked(dtype=torch.float16)
+    large, small = (_fitness(elastic, {"kl": x}).slopes(PLANS[0], GRID, [1, 2]) for x in (1, 1e-4))
+    for curves, scaled in zip(large, small, strict=True):
+        for curve, values in zip(curves, scaled, strict=True):
+            assert np.abs(curve).max() > 0
+            assert np.allclose(curve, 1e4 * np.array(values), atol=0.02 * np.abs(curve).max())
 
 
 def test_slopes_know_what_levels_add_to_the_time(elastic: ElasticModel) -> None:

@@ -14,7 +14,7 @@ import pytest
 from selfpruner.config import CONFIGS, load_config
 from selfpruner.costs.estimate import CostEstimate, StageCost, devices_needed, estimate_costs
 from selfpruner.costs.hardware import known_hardware, load_hardware
-from selfpruner.costs.llm import num_generations
+from selfpruner.costs.llm import num_generations, slopes_charge
 from selfpruner.costs.table import COLUMNS, notes, plain, rows
 
 Estimating = Callable[..., CostEstimate]
@@ -128,6 +128,23 @@ def test_generations_pay_for_their_slopes(allocator: str, generations: int) -> N
     """Five plans and the one beside them a generation, five more for slopes where there are any."""
     settings = [f"search.allocator={allocator}", "search.evaluations=80"]
     assert num_generations(load_config(CONFIGS / "demo.yaml", settings=settings)) == generations
+
+
+@pytest.mark.parametrize(
+    ("settings", "charge"),
+    [
+        ([], 5),
+        (["search.window=8"], 2.5),
+        (["fitness={kl: 0, accuracy: 1}", "search.window=null"], 0),
+        (["pruning.statistics=sequential"], 0),
+        (["search.allocator=guided"], 0),
+    ],
+)
+def test_slopes_are_reckoned_where_they_are_measured(settings: list[str], charge: float) -> None:
+    given = ["search.allocator=descent", *settings]
+    config = load_config(CONFIGS / "demo.yaml", settings=given)
+    assert slopes_charge(config) == charge
+    assert config.measures_slopes == (charge > 0)
 
 
 def test_a_smaller_budget_costs_less_in_the_search_and_nothing_less_before(
