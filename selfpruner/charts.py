@@ -130,7 +130,10 @@ def _paint_front(rows: Sequence[FrontPoint], figure: Any, narrow: bool) -> None:
     if not narrow:
         for x, row in zip(across, rows, strict=True):
             note = "dense" if row.evaluations == 0 else times(row.speedup)
-            axes.annotate(note, (x, row.fitness), (4, 8), textcoords="offset points")
+            height = max(y for y in (row.fitness, row.selection_fitness) if y is not None)
+            # Both lines rise to the right.
+            axes.annotate(note, (x, height), (-5, 5), textcoords="offset points", ha="right")
+        axes.margins(x=0.08)
     axes.invert_xaxis()
     name = "predicted milliseconds" if timed else "kept (% of the blocks)"
     axes.set_xlabel(name + ("" if narrow else ", with predicted speedup"))
