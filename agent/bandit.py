@@ -52,9 +52,9 @@ class Belief:
 
 
 def takes_turn(number: int, share: float) -> bool:
-    """Return whether the LLM makes proposal `number` of its operator, counted from 0.
+    """Return whether the LLM makes proposal `number` of a search, counted from 0.
 
-    `share`, 0 to 1, is spread evenly over the numbers, alike in every generation.
+    `share`, 0 to 1, is spread evenly over the numbers.
     """
     classical = 1 - share
     return int((number + 1) * classical + _ROUNDING) == int(number * classical + _ROUNDING)

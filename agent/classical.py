@@ -164,6 +164,8 @@ class Descent(Evolution):
 
     def ancestors(self, context: SearchContext, slot: Slot) -> tuple[Candidate, ...]:
         """Return the plan that steps are taken from, whoever chose the slot's parents."""
+        if not descent.known(context, slot.generation):
+            return CLASSICAL["guided"].ancestors(context, slot)
         return tuple(descent.footing(context, slot.generation))
 
 

@@ -54,8 +54,8 @@ def measure(context: SearchContext, after: int) -> bool:
     """
     price = charge(context)
     left = context.settings.evaluations - context.ledger.equivalents() - price
-    known = any(x.generation == after for x in context.ledger.slopes())
-    if not price or known or left < _KEPT:
+    on_file = any(x.generation == after for x in context.ledger.slopes())
+    if not price or on_file or left < _KEPT:
         return False
     assert context.slopes is not None  # they have a price
     plan = context.grid.plan(_base(context, after + 1))
@@ -64,6 +64,11 @@ def measure(context: SearchContext, after: int) -> bool:
     genotype = tuple((x.kv_groups, x.q_per_group, x.mlp_channels) for x in plan.layers)
     context.ledger.add_slopes(SlopeLine(after, genotype, price, rows))
     return True
+
+
+def known(context: SearchContext, generation: int) -> list[SlopeLine]:
+    """Return the slopes that were measured before a generation."""
+    return [x for x in context.ledger.slopes() if x.generation < generation]
 
 
 def footing(context: SearchContext, generation: int) -> list[Candidate]:
@@ -76,7 +81,7 @@ def step(context: SearchContext, slot: Slot, rng: np.random.Generator) -> Levels
 
     How far it goes is drawn: the damping from its range, on a logarithmic scale.
     """
-    lines = [x for x in context.ledger.slopes() if x.generation < slot.generation]
+    lines = known(context, slot.generation)
     if not lines:
         return None
     least, largest = _DAMPING
@@ -125,8 +130,8 @@ def _losses(curves: Losses, plan: Levels) -> Table:
 
 def _base(context: SearchContext, generation: int) -> Levels:
     """Return the plan that steps are taken from; before any score one handed in, or the first."""
-    known = [x.plan for x in footing(context, generation)] or context.starts
-    return context.grid.levels(known[0]) if known else context.first_plan
+    found = [x.plan for x in footing(context, generation)] or context.starts
+    return context.conform(context.grid.levels(found[0])) if found else context.first_plan
 
 
 def _sequences(context: SearchContext, after: int) -> list[int]:

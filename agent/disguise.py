@@ -6,7 +6,7 @@ search gains nothing by the LLM, or gains as much in disguise, the LLM did not u
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePath
@@ -19,7 +19,6 @@ from agent.settings import Placebo
 T = TypeVar("T")
 
 _STREAM = 5_003  # keeps these draws apart from those of the operators
-_DRAWS = 64  # orders that are drawn; about one in three leaves nobody with its own fitness
 _NEUTRAL = "a language model"
 
 
@@ -71,22 +70,16 @@ class Disguise:
     def lenders(self, shown: Iterable[Candidate], generation: int) -> dict[int, Candidate]:
         """Return by id the candidate whose fitness each of `shown` is told with.
 
-        A random order of a generation, in which nobody is told with the fitness that it has; as
-        few as can be, where there is one candidate alone or many are equal.
+        A random order of a generation: what is told says nothing about who has it, not even that
+        it is false.
         """
         own = {x.id: x for x in shown}
-        if not self.is_about_fitness or not own:
+        if not self.is_about_fitness:
             return own
         rng, ids = generator(self.seed, generation, 0, _STREAM), sorted(own)
-        draws = [rng.permutation(ids).tolist() for _ in range(_DRAWS)]
-        orders = [{i: own[other] for i, other in zip(ids, draw, strict=True)} for draw in draws]
-        return max(orders, key=lambda lenders: _falsehoods(lenders, own))
+        drawn = rng.permutation(ids).tolist()
+        return {i: own[other] for i, other in zip(ids, drawn, strict=True)}
 
     def model(self, name: str) -> str:
         """Return the last part of the model's name or path, or neutral words."""
         return _NEUTRAL if self.placebo == "name" else PurePath(name).name or _NEUTRAL
-
-
-def _falsehoods(lenders: Mapping[int, Candidate], own: Mapping[int, Candidate]) -> int:
-    """Return how many candidates are told with a fitness that reads unlike their own."""
-    return sum(f"{lenders[i].fitness:.4g}" != f"{x.fitness:.4g}" for i, x in own.items())

@@ -37,7 +37,7 @@ def estimate(context: SearchContext) -> Estimate:
     beside = int(settings.window is not None) + slopes / seen
     generations = math.ceil((plans - first) / (brood + beside))
     slots = [Slot(0, i, "generate") for i in range(math.ceil(plans - beside * generations))]
-    asked = sum(is_asked(context, x, x.index) for x in slots)
+    asked = sum(is_asked(context, x) for x in slots)
     calls = math.ceil((asked + generations) * _REPAIRS)
     calls = calls if settings.calls is None else min(calls, settings.calls)
     messages = plan_question(context, Slot(0, 1, "generate")).messages

@@ -13,6 +13,7 @@ from agent.classical import operators_of
 from agent.conversation import Answer, ask
 from agent.projection import Levels
 from agent.questions import Slot, parents_question, plan_question
+from agent.settings import SearchSettings
 from agent.standing import ranked
 from agent.state import SearchContext
 
@@ -56,7 +57,7 @@ def propose(
     """
     seen = {x.key for x in context.ledger.candidates() if x.generation < generation} | {*pending}
     made = _begun(context, slots, seen) if generation == 0 else {}
-    asked = [s for i, s in enumerate(slots) if s.index not in made and is_asked(context, s, i)]
+    asked = [s for s in slots if s.index not in made and is_asked(context, s)]
     answers = ask(context, generation, [plan_question(context, s) for s in asked])
     given = {s.index: a for s, a in zip(asked, answers, strict=True)}
     for slot in slots:
@@ -71,14 +72,17 @@ def propose(
 
 
 def _begun(context: SearchContext, slots: Sequence[Slot], seen: set[str]) -> dict[int, Proposal]:
-    """Return what the first generation begins with: simple plans, then the plans handed in."""
-    plans = [context.first_plan] if context.settings.seed_plan else []
-    plans += [context.simple_plan(x) for x in context.settings.starts]
-    plans += [context.grid.levels(x) for x in context.starts]
+    """Return what the first generation begins with, as far as there are slots.
+
+    The seed plan, plans handed in, simple plans; in a single slot a plan handed in comes first.
+    """
+    seed = [context.first_plan] if context.settings.seed_plan else []
+    handed = [context.conform(context.grid.levels(x)) for x in context.starts]
+    simple = [context.simple_plan(x) for x in context.settings.starts]
     made: dict[int, Proposal] = {}
-    for levels in plans[: len(slots)]:
+    for levels in (*seed, *handed, *simple) if len(slots) > 1 else (*handed, *seed, *simple):
         key = context.grid.plan(levels).key
-        if key not in seen:
+        if key not in seen and len(made) < len(slots):
             seen.add(key)
             slot = slots[len(made)]
             made[slot.index] = Proposal(slot, "heuristic", levels)
@@ -101,7 +105,7 @@ def choose_parents(context: SearchContext, generation: int, slot: int) -> list[C
     most = settings.shown if settings.asks_llm else settings.population // 2
     wanted = min(len(pool), max(2, most))
     place = Slot(generation, slot, "select")
-    if wanted > 1 and len(pool) > 2 and is_asked(context, place, generation - 1):
+    if wanted > 1 and len(pool) > 2 and is_asked(context, place):
         listed = pool[: max(2 * wanted, settings.shown)]
         answer = ask(context, generation, [parents_question(context, place, listed, wanted)])[0]
         if answer.value is not None:
@@ -111,8 +115,8 @@ def choose_parents(context: SearchContext, generation: int, slot: int) -> list[C
     return list(operators_of(context).parents(pool, wanted, rng))
 
 
-def is_asked(context: SearchContext, slot: Slot, number: int) -> bool:
-    """Return whether the LLM is asked for a slot, the proposal `number` of its operator.
+def is_asked(context: SearchContext, slot: Slot) -> bool:
+    """Return whether the LLM is asked for a slot: a share of the plans and of the parents.
 
     The one plan that windows end a search with is classical where there is a classical share.
     """
@@ -122,7 +126,16 @@ def is_asked(context: SearchContext, slot: Slot, number: int) -> bool:
     if share == "learned":
         candidates = context.ledger.candidates()
         return draws_llm(candidates, context.seed, slot.generation, slot.index)
-    return takes_turn(number, share)
+    return takes_turn(_number(context.settings, slot), share)
+
+
+def _number(settings: SearchSettings, slot: Slot) -> int:
+    """Return how many plans, or choices of parents, come before a slot in the whole search."""
+    later = slot.generation - 1
+    if slot.operator == "select":
+        return later
+    brood = settings.crossover + settings.mutate
+    return slot.index if later < 0 else settings.population + later * brood + slot.index
 
 
 def _settled(

@@ -22,6 +22,7 @@ from agent.drivers.driver import Completion, MayRetry, Request
 from agent.graph import SearchResult, build_graph, picture, run_search
 from agent.knapsack import knapsack
 from agent.ledger import Ledger
+from agent.projection import Levels
 from agent.racing import NOT_FINITE
 from agent.state import SearchContext
 
@@ -194,6 +195,37 @@ def test_plans_handed_in_are_scored_first(scene: Scene, tmp_path: Path) -> None:
     assert (second.origin, third.origin) == ("heuristic", "classical")
 
 
+def test_a_plan_handed_in_is_scored_where_slots_are_few(scene: Scene, tmp_path: Path) -> None:
+    """Also beside simple plans of which two are the same, and where there is a single slot."""
+    for population, starts in ((1, ()), (3, ("heuristic", "uniform"))):
+        folder = tmp_path / str(population)
+        folder.mkdir()
+        context = scene(evaluations=4, population=population, starts=starts, folder=folder)
+        handed = context.grid.plan(_lopsided(context))
+        context = replace(context, starts=(handed,))
+        run(context, folder)
+        begun = [x for x in context.ledger.candidates() if x.generation == 0]
+        assert len(begun) == population
+        assert handed in {x.plan for x in begun}
+
+
+def test_plans_handed_in_have_one_rate_a_layer_where_that_is_asked(
+    scene: Scene, tmp_path: Path
+) -> None:
+    context = scene(granularity="layer", evaluations=9)
+    levels = _lopsided(context)
+    assert context.conform(levels) != levels
+    context = replace(context, starts=(context.grid.plan(levels),))
+    run(context, tmp_path)
+    assert context.ledger.candidates()[1].plan == context.grid.plan(context.conform(levels))
+
+
+def _lopsided(context: SearchContext) -> Levels:
+    """Return the plan whose first layers keep all of the one block, the last all of the other."""
+    shares = [[1.0, 0.4]] * 3 + [[0.25, 1.0]] * 3
+    return context.space.project(shares)
+
+
 def test_cma_gets_better_than_where_it_began(scene: Scene, tmp_path: Path) -> None:
     context = scene(allocator="cma", evaluations=200, sensitive=False)
     result = run(context, tmp_path)
@@ -337,6 +369,26 @@ def test_the_classical_share_is_not_asked(scene: Scene, tmp_path: Path) -> None:
     whole = scene(allocator="hybrid", replies=HOSTILE, llm_share=0.0)
     (tmp_path / "whole").mkdir()
     assert run(whole, tmp_path / "whole").llm_calls == 0
+
+
+@pytest.mark.parametrize("brood", [(1, 0), (1, 4), (5, 8)])
+def test_the_share_is_that_of_all_plans(
+    scene: Scene, tmp_path: Path, brood: tuple[int, int]
+) -> None:
+    """Not rounded up in every generation, however small those are."""
+    crossover, mutate = brood
+    context = scene(
+        allocator="hybrid",
+        evaluations=120,
+        replies=HOSTILE,
+        llm_share=0.3,
+        crossover=crossover,
+        mutate=mutate,
+    )
+    origins = run(context, tmp_path).origins
+    assert origins["fallback"] / (origins["fallback"] + origins["classical"]) == pytest.approx(
+        0.3, abs=0.02
+    )
 
 
 @pytest.mark.parametrize(
