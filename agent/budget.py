@@ -62,7 +62,8 @@ class Spending:
 
         A full evaluation is set aside for each of them, so that the limit is never passed. Where
         generations have windows the first plan takes one, and two are kept for a last generation:
-        of one plan, made of all that the others have taught.
+        of one plan, made of all that the others have taught. Where three are left the last
+        generation has two plans, where four are left the last two have one each.
         """
         left = int(self.settings.evaluations - self.ledger.equivalents(before=generation))
         if self.settings.window is not None:

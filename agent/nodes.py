@@ -31,15 +31,16 @@ def generate(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
     fixed = context.fixed_plan
     if fixed is not None:
         slot = Slot(generation, 0, context.settings.allocator)
-        return {"pending": [Proposal(slot, "heuristic", fixed).to_json(context)]}
-    count = min(context.settings.population, context.spending.evaluations_left(generation, 0))
-    slots = [Slot(generation, i, "generate") for i in range(count)]
-    return {"pending": [x.to_json(context) for x in propose(context, generation, slots, [])]}
+        return _timed(context, {"pending": [Proposal(slot, "heuristic", fixed).to_json(context)]})
+    slots = [Slot(generation, i, "generate") for i in range(context.settings.population)]
+    return _extend(context, generation, [], slots)
 
 
 def evaluate(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
     """Score the pending plans together; what the ledger has is not scored again."""
-    return {"scores": score_pending(runtime.context, state["generation"], state["pending"])}
+    context = runtime.context
+    scores = score_pending(context, state["generation"], state["pending"])
+    return _timed(context, {"scores": scores})
 
 
 def record(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
@@ -49,8 +50,7 @@ def record(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
     stopped = "no search" if context.fixed_plan else context.spending.reached()
     if not state["pending"]:
         stopped = stopped or "no new plans"
-    seconds = context.spending.seconds
-    return {"pending": [], "scores": [], "stopped": stopped, "seconds": seconds}
+    return _timed(context, {"pending": [], "scores": [], "stopped": stopped})
 
 
 def select(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
@@ -60,7 +60,7 @@ def select(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
     generation = state["generation"] + 1
     slot = context.settings.crossover + context.settings.mutate
     parents = choose_parents(context, generation, slot)
-    return {"generation": generation, "parents": [x.id for x in parents]}
+    return _timed(context, {"generation": generation, "parents": [x.id for x in parents]})
 
 
 def crossover(state: SearchState, runtime: Runtime[SearchContext]) -> Update:
@@ -192,7 +192,12 @@ def _extend(
     """Return the pending plans with those of `slots` added, as many as may still be scored."""
     slots = slots[: context.spending.evaluations_left(generation, len(pending))]
     made = propose(context, generation, slots, [x["key"] for x in pending])
-    return {"pending": [*pending, *(x.to_json(context) for x in made)]}
+    return _timed(context, {"pending": [*pending, *(x.to_json(context) for x in made)]})
+
+
+def _timed(context: SearchContext, update: Update) -> Update:
+    """Return an update with the time spent so far: a search may be stopped after any node."""
+    return {**update, "seconds": context.spending.seconds}
 
 
 def _by_id(context: SearchContext, ids: list[int]) -> list[Candidate]:

@@ -80,8 +80,9 @@ class Space:
 
         Least squares weighted by the cost of the blocks, so the relaxed optimum is one common
         shift of all shares, clipped to what is allowed: found by bisection. Attention is then
-        rounded to levels and MLP fitted into what is left. A plan that already is within and
-        tight comes back unchanged. NaN counts as the target share; values are clipped to 0..1.
+        rounded to levels and MLP fitted into what is left. A plan that already is within, tight
+        and allowed comes back unchanged. NaN counts as the target share; values are clipped to
+        0..1.
 
         Raises:
             ValueError: `desired` has another shape.

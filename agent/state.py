@@ -44,7 +44,7 @@ class SearchState(TypedDict):
         scores: one `{fitness, stderr, sequences, of, values, seconds}` for each pending proposal.
         parents: ids of the selected candidates.
         stopped: why the search ends, or None.
-        seconds: spent up to the last recorded generation.
+        seconds: spent up to the last node that ended.
     """
 
     generation: int

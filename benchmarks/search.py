@@ -58,9 +58,13 @@ def _against(study: Study, default: str) -> str:
     ]
     better = []
     ours = study.values(default)
+    if not ours:
+        return f"no cell of {default} is finished"
     for arm in study.arms:
         values = study.values(arm)
         gaps = [values[unit] - ours[unit] for unit in values if unit in ours]
+        if not gaps:
+            continue
         mean, error = statistics.fmean(gaps), _standard_error(gaps)
         if mean < -error:
             better.append(arm)

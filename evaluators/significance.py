@@ -117,11 +117,24 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
     """Student's t interval (low, high) of a mean; None for fewer than two values."""
-    count = len(values)
-    if count < 2:
+    return stratified_interval([values], level)
+
+
+def stratified_interval(
+    strata: Sequence[Sequence[float]], level: float = 0.95
+) -> tuple[float, float] | None:
+    """Student's t interval (low, high) of the mean of all values, by what varies within strata.
+
+    Strata are what was chosen, such as budgets: how far they lie apart says nothing about another
+    draw. The variance is pooled, its degrees of freedom are values less strata; None for none.
+    """
+    values = np.concatenate([np.asarray(x, np.float64) for x in strata])
+    freedom = len(values) - len(strata)
+    if freedom < 1:
         return None
-    half = t_quantile((1 + level) / 2, count - 1) * float(np.std(values, ddof=1)) / count**0.5
-    mean = float(np.mean(values))
+    squares = sum(float(((np.asarray(x) - np.mean(x)) ** 2).sum()) for x in strata)
+    half = t_quantile((1 + level) / 2, freedom) * (squares / freedom / len(values)) ** 0.5
+    mean = float(values.mean())
     return mean - half, mean + half
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from evaluators.significance import holm, mean_interval, sign_flip
+from evaluators.significance import holm, sign_flip, stratified_interval
 from selfpruner.cells import Figures, Row
 from selfpruner.experiment_config import Role
 
@@ -32,7 +32,8 @@ class Comparison:
         against: whose counts with a minus.
         units: common units.
         mean: of the differences; below 0 the arm is better.
-        interval: its 95 % t interval; None for one unit.
+        interval: its 95 % t interval over seeds, models and budgets being as they are; None where
+            none of them has two.
         p: of the two-sided sign-flip test.
         p_holm: the same, adjusted for the family of tests it belongs to.
     """
@@ -112,13 +113,7 @@ class Study:
         Means are over the units that all arms have finished, where there are any: units differ in
         how hard they are, and an arm that waits for the hardest would lead.
         """
-        values = {x["cell"]["arm"]: self.values(x["cell"]["arm"]) for x in self.rows}
-        shared = set.intersection(*map(set, values.values())) if values else set()
-        means = {
-            arm: statistics.fmean(x for unit, x in own.items() if unit in shared or not shared)
-            for arm, own in values.items()
-        }
-        return sorted(means, key=lambda arm: (means[arm], arm))
+        return self._by_mean({x["cell"]["arm"] for x in self.rows})
 
     @property
     def settings(self) -> list[tuple[str, str]]:
@@ -127,13 +122,31 @@ class Study:
 
     @property
     def best_control(self) -> str | None:
-        """The classical arm with the best mean; None where none has finished a cell."""
-        return next((arm for arm in self.arms if self.roles[arm] == "classical"), None)
+        """The classical arm with the best mean, over units that all of them have finished.
+
+        None where none has finished a cell.
+        """
+        return next(iter(self._by_mean({*self.arms} & {*self.classical})), None)
+
+    @property
+    def classical(self) -> list[str]:
+        """Arms that ask no LLM, finished or not."""
+        return [arm for arm, role in self.roles.items() if role == "classical"]
 
     @property
     def control(self) -> str | None:
         """The arm that others are compared with: the named one, or the best classical one."""
         return self.named_control if self.named_control in self.arms else self.best_control
+
+    def _by_mean(self, arms: Iterable[str]) -> list[str]:
+        """Return arms with finished cells, the best mean over their common units first."""
+        values = {arm: self.values(arm) for arm in arms}
+        shared = set.intersection(*map(set, values.values())) if values else set()
+        means = {
+            arm: statistics.fmean(x for unit, x in own.items() if unit in shared or not shared)
+            for arm, own in values.items()
+        }
+        return sorted(means, key=lambda arm: (means[arm], arm))
 
     def figures(self, arm: str) -> dict[Unit, Figures]:
         """Return the figures of an arm by unit."""
@@ -177,8 +190,8 @@ class Study:
         It does where an arm of role llm beats the best classical arm (its paired difference is
         below 0, Holm-adjusted p below ALPHA over at least LEAST_UNITS units) and its placebos
         show that what the LLM is told is the cause: none of them beats that control as well, and
-        the arm beats each of them. Without a placebo, or before all are finished, nothing is
-        claimed.
+        the arm beats each of them. Without a placebo, or before all of them and all classical arms
+        are finished, nothing is claimed.
         """
         if "llm" not in self.roles.values():
             return Verdict(False, ())
@@ -205,15 +218,9 @@ class Study:
         found = against[arm]
         if not found.is_gain:
             return False, f"{arm}: {_doubt(found)}"
-        placebos = self.placebos.get(arm, ())
-        missing = [name for name in placebos if (arm, name) not in removed]
-        if missing or not placebos:
-            some = len(missing) < len(placebos)
-            lack = f"its placebo {missing[0]} is not" if some else "no placebo of it is"
-            return False, (
-                f"{arm}: {_gain(found)}, but {lack} finished, so that the cause may be the search "
-                "around the LLM."
-            )
+        if lack := self._lack(arm, removed):
+            return False, f"{arm}: {_gain(found)}, but {lack}."
+        placebos = self.placebos[arm]
         for name in placebos:
             if against[name].is_gain:
                 return False, f"{arm}: its placebo {name} keeps the gain: {_gain(against[name])}."
@@ -221,35 +228,56 @@ class Study:
                 return False, f"{arm}: it does not beat its placebo: {_doubt(removed[arm, name])}"
         return True, f"{arm}: {_gain(found)}; {' and '.join(placebos)} removes the gain."
 
+    def _lack(self, arm: str, removed: Mapping[tuple[str, str], Comparison]) -> str | None:
+        """Return what is not finished yet of the rivals and the placebos of an arm."""
+        units, placebos = self.values(arm).keys(), self.placebos.get(arm, ())
+        waiting = [x for x in self.classical if not units <= self.values(x).keys()]
+        if waiting:
+            return f"{waiting[0]} is not finished, so that the best classical arm is not known"
+        missing = [name for name in placebos if (arm, name) not in removed]
+        if placebos and not missing:
+            return None
+        some = len(missing) < len(placebos)
+        one = f"its placebo {missing[0]} is not" if some else "no placebo of it is"
+        return f"{one} finished, so that the cause may be the search around the LLM"
+
     def _family(self, pairs: Iterable[tuple[str, str]]) -> list[Comparison]:
         """Return comparisons of (arm, other) where they have common units, adjusted together."""
         differences = {pair: self._differences(*pair) for pair in pairs}
         differences = {pair: values for pair, values in differences.items() if values}
         names = {" / ".join(pair): pair for pair in differences}
-        p_values = {name: sign_flip(differences[pair]) for name, pair in names.items()}
+        p_values = {name: sign_flip([*differences[pair].values()]) for name, pair in names.items()}
         adjusted = holm(p_values)
         return [
             Comparison(
                 arm=pair[0],
                 against=pair[1],
                 units=len(differences[pair]),
-                mean=statistics.fmean(differences[pair]),
-                interval=mean_interval(differences[pair]),
+                mean=statistics.fmean(differences[pair].values()),
+                interval=interval_of(differences[pair]),
                 p=p_values[name],
                 p_holm=adjusted[name],
             )
             for name, pair in names.items()
         ]
 
-    def _differences(self, arm: str, other: str) -> list[float]:
+    def _differences(self, arm: str, other: str) -> dict[Unit, float]:
         one, two = self.values(arm), self.values(other)
-        return [one[unit] - two[unit] for unit in one if unit in two]
+        return {unit: one[unit] - two[unit] for unit in one if unit in two}
 
 
 def unit_of(row: Row) -> Unit:
     """Return the unit that a row belongs to."""
     cell = row["cell"]
     return cell["model"], cell["budget"], cell["seed"]
+
+
+def interval_of(values: Mapping[Unit, float]) -> Interval:
+    """Return the 95 % interval of the mean over seeds, models and budgets being as they are."""
+    strata: dict[tuple[str, str], list[float]] = {}
+    for (model, budget, _), value in values.items():
+        strata.setdefault((model, budget), []).append(value)
+    return stratified_interval([*strata.values()])
 
 
 def read_off(figures: Figures, axis: Axis, limit: float) -> dict[str, Any]:

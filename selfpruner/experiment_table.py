@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping
 
-from evaluators.significance import mean_interval
-from selfpruner.experiment_study import Axis, Comparison, Study, read_off
+from selfpruner.experiment_study import Axis, Comparison, Study, Unit, interval_of, read_off
 from selfpruner.notation import MISSING
 
 COLUMNS = (
@@ -32,11 +31,13 @@ def table(study: Study) -> str:
     """Return Markdown: the arms at equal evaluations, best first, and whether the LLM helps.
 
     Equal means what the most frugal run spent in all; every run is read off at that point of its
-    course. Figures are means over runs with their 95 % intervals; `sooner` says how many times
-    fewer evaluations an arm needs for what the control ends with.
+    course. Figures are means over runs with their 95 % intervals over seeds; `sooner` says how many
+    times fewer evaluations an arm needs for what the control ends with.
     """
     verdict = study.verdict()
     compared = "no control" if study.control is None else f"the control is {study.control}"
+    if len(study.rows) < study.cells:
+        compared += f"; {len(study.rows)} of {study.cells} cells are finished"
     return "\n".join([
         f"At {study.limit:.7g} evaluations of every run, best first; {compared}:",
         "",
@@ -58,10 +59,10 @@ def lines(study: Study) -> list[tuple[str, ...]]:
             arm,
             study.roles[arm],
             str(len(runs)),
-            spread(list(study.values(arm).values())),
+            spread(study.values(arm)),
             *_difference(against.get(arm)),
             _sooner(study, arm),
-            spread(list(study.values(arm, "fitness").values())),
+            spread(study.values(arm, "fitness")),
             *(f"{statistics.fmean(x[name] for x in runs):.0f}" for name in _TOTALS),
         ))  # fmt: skip
     return rows
@@ -74,16 +75,19 @@ def token_lines(study: Study) -> list[tuple[str, ...]]:
     arms = list(dict.fromkeys(x["cell"]["arm"] for x in study.asking))
     rows = []
     for arm in arms if limit is not None else []:
-        steps = [read_off(x, axis, limit or 0) for x in study.figures(arm).values()]
-        fresh = [x["selection_fitness"] for x in steps]
-        row = (arm, str(len(steps)), spread(fresh), spread([x["fitness"] for x in steps]))
-        rows.append((statistics.fmean(fresh), row))
+        steps = {unit: read_off(x, axis, limit or 0) for unit, x in study.figures(arm).items()}
+        fresh, old = (
+            {unit: float(x[name]) for unit, x in steps.items()}
+            for name in ("selection_fitness", "fitness")
+        )
+        row = (arm, str(len(steps)), spread(fresh), spread(old))
+        rows.append((statistics.fmean(fresh.values()), row))
     return [row for _, row in sorted(rows)]
 
 
-def spread(values: Sequence[float]) -> str:
-    """Return the mean and, where there are several values, its 95 % interval."""
-    mean, interval = f"{statistics.fmean(values):.4f}", mean_interval(values)
+def spread(values: Mapping[Unit, float]) -> str:
+    """Return the mean and, where there are several seeds, its 95 % interval over them."""
+    mean, interval = f"{statistics.fmean(values.values()):.4f}", interval_of(values)
     return mean if interval is None else f"{mean} [{interval[0]:.4f}, {interval[1]:.4f}]"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -113,10 +114,13 @@ def _judged(before: float, after: float) -> Refit:
 
 
 def best_on_fresh_tokens(found: SearchResult, selection: Fitness) -> tuple[Candidate, float]:
-    """Return the finalist with the best fitness on fresh tokens, and that fitness."""
+    """Return the finalist with the best fitness on fresh tokens, and that fitness.
+
+    One that is not finite comes after all others.
+    """
     scored = mean_fitness(selection, [x.plan for x in found.finalists])
-    fitness, index = min((x, i) for i, x in enumerate(scored))
-    return found.finalists[index], fitness
+    index = min(range(len(scored)), key=lambda i: (not math.isfinite(scored[i]), scored[i], i))
+    return found.finalists[index], scored[index]
 
 
 def mean_fitness(fitness: Judge, plans: Sequence[Plan]) -> list[float]:

@@ -142,6 +142,7 @@ class Fitness:
             scores[row] += self._of_plans[plan]
         return scores
 
+    @torch.no_grad()
     def slopes(
         self, plan: Plan, grid: Grid, sequences: Sequence[int], spool: Spool | None = None
     ) -> Slopes:

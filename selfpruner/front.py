@@ -157,10 +157,11 @@ def _config(config: RunConfig, target: float) -> RunConfig:
 def _point(
     arena: Arena, found: SearchResult, selected: Candidate, selection_fitness: float
 ) -> FrontPoint:
+    """Return the figures of the plan that was selected, which need not be the search's best."""
     return FrontPoint(
         target=arena.bench.budget.target,
         achieved=arena.bench.achieved(selected.plan),
-        fitness=found.best.fitness,
+        fitness=selected.fitness,
         selection_fitness=selection_fitness,
         evaluations=found.evaluations,
         seconds=found.seconds,

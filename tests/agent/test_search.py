@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import agent.graph
 from agent.allocators import uniform
@@ -25,6 +26,7 @@ from agent.ledger import Ledger
 from agent.projection import Levels
 from agent.racing import NOT_FINITE
 from agent.state import SearchContext
+from pruning.plan import Plan
 
 Scene = Callable[..., SearchContext]
 
@@ -430,6 +432,28 @@ def test_the_limit_on_seconds_ends_the_search(scene: Scene, tmp_path: Path) -> N
     result = run(scene(seconds=1.5, evaluations=1000), tmp_path)
     assert result.stopped == "seconds"
     assert result.evaluations == 8
+
+
+def test_the_time_of_a_stopped_search_counts(scene: Scene, tmp_path: Path) -> None:
+    """Also that of the generation which was scored and not yet recorded."""
+    whole = scene(evaluations=20, folder=tmp_path)
+    scored: list[int] = []
+
+    def score(plans: Sequence[Plan], sequences: Sequence[int]) -> NDArray[np.float64]:
+        scored.append(len(plans))
+        return whole.score(plans, sequences)
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["kind"] == "candidate":
+            raise KeyboardInterrupt
+
+    first = replace(whole, score=score, clock=lambda: 100.0 * len(scored))
+    with pytest.raises(KeyboardInterrupt):
+        run(first, tmp_path, on_event=stop)
+    spent = 100.0 * len(scored)
+    assert spent > 0
+    again = replace(whole, ledger=Ledger(tmp_path), clock=lambda: 7.0)
+    assert run(again, tmp_path).seconds == spent
 
 
 def test_a_call_that_is_too_late_is_skipped_for_the_time_it_lacks(

@@ -12,6 +12,7 @@ from evaluators.significance import (
     mcnemar,
     mean_interval,
     sign_flip,
+    stratified_interval,
     t_quantile,
 )
 
@@ -174,6 +175,16 @@ def test_mean_interval_by_hand() -> None:
     # Mean 2, standard deviation 1, three values: 4.30265 / sqrt(3).
     assert mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.48414, 2 + 2.48414), abs=1e-4)
     assert mean_interval([1.0]) is None
+
+
+def test_stratified_intervals_leave_out_what_strata_differ_by() -> None:
+    strata = [[1.0, 2.0, 3.0], [101.0, 102.0, 103.0]]
+    half = t_quantile(0.975, 4) / 6**0.5  # variance 1 within both
+    assert stratified_interval(strata) == pytest.approx((52 - half, 52 + half))
+    assert stratified_interval(strata[:1]) == mean_interval(strata[0])
+    assert stratified_interval([[1.0], [2.0]]) is None
+    half = t_quantile(0.975, 1) * (2 / 3) ** 0.5  # variance 2, of the first alone
+    assert stratified_interval([[1.0, 3.0], [5.0]]) == pytest.approx((3 - half, 3 + half))
 
 
 def test_mean_intervals_cover_the_mean_as_often_as_they_say() -> None:

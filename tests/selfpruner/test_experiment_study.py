@@ -188,6 +188,38 @@ def test_nothing_is_claimed_before_all_placebos_are_finished() -> None:
     assert "its placebo other is not finished" in verdict.reasons[0]
 
 
+def test_nothing_is_claimed_before_all_classical_arms_are_finished() -> None:
+    """One that has begun shrinks the common units, which may put a weaker control first."""
+    moves = [1.1 + 0.001 * i for i in range(10)]
+    fake = [1.21 + 0.001 * i for i in range(10)]
+    rows = _flat("strong", [1.3, *[1.0] * 9], 0) + _flat("weak", [1.2] * 10, 0)
+    rows += _flat("moves", moves) + _flat("fake", fake)
+    roles = {"strong": "classical", "weak": "classical", "moves": "llm", "fake": "placebo"}
+    whole = _study(rows, roles, placebos={"moves": ("fake",)})
+    assert "no gain over strong" in whole.verdict().reasons[0]
+    late = {**roles, "late": "classical"}
+    for more in ([], _flat("late", [1.25], 0)):
+        begun = [x for x in rows if x["cell"]["arm"] != "strong"] + more
+        verdict = Study("e", begun, late, whole.placebos, None, 99).verdict()
+        assert not verdict.helps
+        assert "beats weak" in verdict.reasons[0]
+        assert "strong is not finished" in verdict.reasons[0] or "late" in verdict.reasons[0]
+    unsure = Study("e", [*rows, *_flat("late", [1.25], 0)], late, whole.placebos, None, 99)
+    assert unsure.best_control == "weak"
+    assert "late is not finished" in unsure.verdict().reasons[0]
+    assert "41 of 99 cells are finished" in table(unsure)
+    assert "cells are finished" not in table(whole)
+
+
+def test_intervals_are_over_seeds_and_not_over_budgets() -> None:
+    """Means of two budgets lie apart for certain; that is no doubt about either."""
+    rows = [*_flat("genetic", [0.0, 0.2], 0)]
+    rows += [_row("genetic", seed, 0, [(1, 0, x)], "c") for seed, x in enumerate([5.0, 5.2])]
+    (line,) = lines(_study(rows, {"genetic": "classical"}))
+    # Standard deviation 0.1414 within each, 2 degrees of freedom, four values.
+    assert line[3] == "3.6000 [3.2958, 3.9042]"
+
+
 def test_without_arms_to_compare_nothing_is_claimed() -> None:
     rows = _flat("moves", [1.0] * 12)
     verdict = _study(rows, {"moves": "llm"}).verdict()

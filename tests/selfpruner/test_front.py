@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from agent.candidate import Candidate
 from agent.graph import SearchResult
 from agent.ledger import Ledger
 from pruning.plan import Plan
 from selfpruner.arena import Arena
-from selfpruner.config import load_config
+from selfpruner.config import RunConfig, load_config
 from selfpruner.finishing import best_on_fresh_tokens
 from selfpruner.front import Front, front, knee
 from selfpruner.progress import Progress
@@ -95,8 +101,45 @@ def test_the_budget_of_the_run_is_not_searched_again(
 ) -> None:
     own = next(x for x in points if x.target == 0.7)
     assert own.evaluations == found.evaluations
-    assert own.fitness == found.best.fitness
     assert sorted(x.name for x in (arena[1] / "front").iterdir()) == ["0.5", "0.6", "0.8", "0.9"]
+
+
+def test_fitness_is_that_of_the_plan_that_was_selected(
+    arena: tuple[Arena, RunFolder], found: SearchResult
+) -> None:
+    """Fresh tokens may choose another finalist than the best of the search."""
+    second = found.finalists[1]
+    assert second.fitness != found.best.fitness
+    made = front(
+        replace(arena[0], bench=arena[0].bench.proposing(_alone(arena[1]))),
+        found,
+        (second, 0.5),
+        arena[1],
+        Progress(),
+    )
+    own = made.points[-1]
+    assert Plan.from_json(own.plan) == second.plan
+    assert (own.fitness, own.selection_fitness) == (second.fitness, 0.5)
+
+
+def _alone(folder: RunFolder) -> RunConfig:
+    """Return the configuration of the run without further budgets."""
+    return load_config(folder.config, settings=["front.targets=[]"])
+
+
+def test_a_finalist_that_is_not_finite_is_selected_last(found: SearchResult) -> None:
+    class Judge:
+        num_sequences = 2
+
+        def __call__(self, plans: Sequence[Plan], _: Sequence[int]) -> NDArray[np.float64]:
+            return np.array(
+                [[math.nan, 0.1], *[[0.9 - 0.1 * i] * 2 for i in range(len(plans) - 1)]]
+            )
+
+    selection: Any = Judge()
+    best, fitness = best_on_fresh_tokens(found, selection)
+    assert best == found.finalists[-1]
+    assert math.isfinite(fitness)
 
 
 def _scored(folder: RunFolder, target: float) -> list[Candidate]:
