@@ -166,23 +166,20 @@ def _timed(scene: Scene, rows: Sequence[Row], cell: Cell) -> dict[str, Any]:
     dense = Plan.dense(scene.bench.architecture)
     scored: dict[str, float] = {}
 
-    def plain() -> int:
+    def plain(_: Fitness) -> int:
         scene.fitness([dense], sequences)
         return 1
 
-    def slices() -> int:
-        judge = scene.fresh(parent)
+    def slices(judge: Fitness) -> int:
         for plan in plans:
             judge([plan], sequences)
         return len(plans)
 
-    def trie() -> int:
-        scene.fresh(parent)(plans, sequences)
+    def trie(judge: Fitness) -> int:
+        judge(plans, sequences)
         return len(plans)
 
-    def raced(name: str, settings: RacingSettings) -> int:
-        judge = scene.fresh(parent)
-
+    def raced(name: str, settings: RacingSettings, judge: Fitness) -> int:
         def columns(chosen: Sequence[int], span: range) -> Floats:
             return judge([plans[i] for i in chosen], span)
 
@@ -191,13 +188,14 @@ def _timed(scene: Scene, rows: Sequence[Row], cell: Cell) -> dict[str, Any]:
         return len(plans)
 
     races = {"raced": RacingSettings(), "raced closely": CLOSELY}
-    ways: dict[str, Callable[[], int]] = {"plain": plain, "slices": slices, "trie": trie}
+    ways: dict[str, Callable[[Fitness], int]] = {"plain": plain, "slices": slices, "trie": trie}
     ways |= {name: partial(raced, name, settings) for name, settings in races.items()}
     seconds = {}
     # Another order each time, so that none of them always follows the same one.
     for name in np.random.default_rng(number).permutation(WAYS).tolist():
+        judge = scene.fresh(parent)
         start = time.perf_counter()
-        count = ways[name]()
+        count = ways[name](judge)
         seconds[name] = (time.perf_counter() - start) / count
     return {"seconds": seconds, "scored": scored}
 

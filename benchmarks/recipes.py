@@ -30,6 +30,7 @@ from evaluators.significance import mean_interval
 from selfpruner.arena import Arena
 from selfpruner.cells import Cell, Row, run_cells
 from selfpruner.config import BudgetSettings, RunConfig, load_config
+from selfpruner.experiment import digest_of
 from selfpruner.finishing import best_on_fresh_tokens, finish
 from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
@@ -58,6 +59,7 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
     WANDA[1]: {"recipe": "wanda_sp"},
 }
 
+_NOWHERE = {"root": None}
 STREAMED = {"memory": "streamed", "data.choices": 0}
 
 # What the default may have of the perplexity of the best of these rows.
@@ -82,10 +84,7 @@ def main() -> None:
             "model": config.model,
             "row": row,
             "share": share,
-            "metrics": [config.pruning.attention_metric, config.pruning.metric],
-            "allocator": config.search.allocator,
-            **({} if options.scale == 1 else {"scale": options.scale}),
-            **_measure(config),
+            "settings": _digest(config),
         }
         for (row, share), config in configs.items()
     ]
@@ -105,10 +104,9 @@ def main() -> None:
         print(_table(run_cells(RESULTS, cells, figures)))
 
 
-def _measure(config: RunConfig) -> dict[str, int]:
-    """Return what a cell tells of the curvature, nothing where there is none."""
-    tokens = config.pruning.fisher_tokens
-    return {"fisher_tokens": tokens} if tokens else {}
+def _digest(config: RunConfig) -> str:
+    """Return what a cell's figures depend on beside what it names, wherever the data lies."""
+    return digest_of(config.model_copy(update={"data": config.data.model_copy(update=_NOWHERE)}))
 
 
 def _configs(options: argparse.Namespace) -> dict[tuple[str, float], RunConfig]:
@@ -142,10 +140,10 @@ def _scaled(
     if scale == 1:
         return full
     data = full.data
-    less = {
-        f"data.{role}.tokens": round(scale * int(getattr(data, role).tokens))
-        for role in ("calibrate", "search", "select")
-    }
+    roles = ["calibrate", "select"]
+    if full.search.window is not None:  # else an evaluation is all search tokens
+        roles.append("search")
+    less = {f"data.{role}.tokens": round(scale * int(getattr(data, role).tokens)) for role in roles}
     report = [x.model_dump() | {"tokens": round(scale * int(x.tokens or 0))} for x in data.report]
     count = round(scale * full.search.evaluations)
     return make({**settings, **less, "data.report": report, "search.evaluations": count})

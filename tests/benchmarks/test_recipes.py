@@ -51,6 +51,27 @@ def test_every_row_is_a_sound_configuration(row: str) -> None:
     assert less.pruning == config.pruning
 
 
+def test_searches_cost_the_same_tokens_at_every_scale() -> None:
+    """An evaluation is a window of the default's search, and all search tokens of the paper's."""
+    spent: dict[str, list[int]] = {"best": [], "self_pruner": []}
+    for row, found in spent.items():
+        settings = recipes.ROWS[row] | {"budget.parameters": 0.7}
+        for scale in (1, 0.25):
+            config = recipes._scaled(recipes._config, settings, scale)
+            data, window = config.data, config.search.window
+            each = data.search.tokens if window is None else window * data.length
+            found.append(config.search.evaluations * each)
+    assert spent["best"] == spent["self_pruner"]
+    assert spent["best"][0] == 4 * spent["best"][1]
+
+
+def test_a_cell_knows_its_settings_and_not_where_the_data_lies() -> None:
+    settings = recipes.ROWS["best"] | {"budget.parameters": 0.7}
+    one, two = (recipes._digest(recipes._config(settings, root=x)) for x in ("a", "b"))
+    other = recipes._config(settings | {"search.slopes": 2}, root="a")
+    assert one == two != recipes._digest(other)
+
+
 @pytest.mark.parametrize("row", ["best", "flap", *recipes.UNIFORM])
 def test_rows_share_one_arena_that_may_be_streamed(row: str) -> None:
     settings = recipes.ROWS[row] | recipes.STREAMED | {"budget.parameters": 0.5}
