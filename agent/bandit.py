@@ -37,7 +37,7 @@ class Belief:
     """What is believed of an arm: its success rate is Beta(1 + successes, 1 + failures).
 
     Attributes:
-        successes, failures: discounted sums of rewards and of what they fell short of 1.
+        successes, failures: discounted numbers of proposals that improved on all before, or not.
         tokens: of the LLM per proposal, a plain mean; 0 before the first one.
     """
 
@@ -80,33 +80,24 @@ def beliefs(candidates: Sequence[Candidate], generation: int) -> dict[Arm, Belie
     """
     past = {x.id: x for x in candidates if x.generation < generation}
     best = _best_before(past)
-    made: dict[Arm, list[tuple[float, float, int]]] = {arm: [] for arm in _ORDER}
+    made: dict[Arm, list[tuple[float, bool, int]]] = {arm: [] for arm in _ORDER}
     for candidate in past.values():
         arm = _ARM_OF.get(candidate.origin)
         if arm is not None and candidate.generation in best:
             weight = _DISCOUNT ** (generation - 1 - candidate.generation)
-            value = reward(candidate, past, best[candidate.generation])
-            made[arm].append((weight, value, candidate.tokens))
+            improved = improves(candidate, best[candidate.generation])
+            made[arm].append((weight, improved, candidate.tokens))
     return {arm: _belief(rows) for arm, rows in made.items()}
 
 
-def reward(candidate: Candidate, past: Mapping[int, Candidate], best: float) -> float:
-    """Return 1 for a proposal better than `best`, 1/2 for one better than its parents, else 0.
+def improves(candidate: Candidate, best: float) -> bool:
+    """Return whether a proposal is better than `best`, the lowest fitness before its generation.
 
     Ranks rather than differences, so that neither the scale of the fitness nor its flattening
-    late in a search matters. A fallback is 0: the LLM brought no plan.
-
-    Args:
-        candidate: the proposal.
-        past: candidates by id, its parents among them.
-        best: lowest fitness before its generation.
+    late in a search matters. A fallback does not: the LLM brought no plan. Parents are no measure:
+    the LLM may choose weak ones, a step downhill has the best plan.
     """
-    if candidate.origin == "fallback":
-        return 0.0
-    if candidate.fitness < best:
-        return 1.0
-    parents = [past[i].fitness for i in candidate.parents if i in past]
-    return 0.5 if parents and candidate.fitness < min(parents) else 0.0
+    return candidate.origin != "fallback" and candidate.fitness < best
 
 
 def _best_before(past: Mapping[int, Candidate]) -> dict[int, float]:
@@ -118,11 +109,11 @@ def _best_before(past: Mapping[int, Candidate]) -> dict[int, float]:
     return {n: min(lowest[m] for m in numbers[:i]) for i, n in enumerate(numbers) if i}
 
 
-def _belief(rows: Sequence[tuple[float, float, int]]) -> Belief:
-    """Return the belief after proposals of `(weight, reward, tokens)`."""
+def _belief(rows: Sequence[tuple[float, bool, int]]) -> Belief:
+    """Return the belief after proposals of `(weight, whether it improved, tokens)`."""
     return Belief(
-        successes=sum(weight * value for weight, value, _ in rows),
-        failures=sum(weight * (1 - value) for weight, value, _ in rows),
+        successes=sum(weight * improved for weight, improved, _ in rows),
+        failures=sum(weight * (not improved) for weight, improved, _ in rows),
         tokens=sum(tokens for _, _, tokens in rows) / max(len(rows), 1),
     )
 

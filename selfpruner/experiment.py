@@ -24,6 +24,7 @@ from selfpruner.arena import Arena
 from selfpruner.cells import Cell, Figures, Outcomes, finish_cells, run_cells
 from selfpruner.config import RunConfig
 from selfpruner.crew import Work
+from selfpruner.environment import device_name
 from selfpruner.experiment_config import Experiment, load_experiment
 from selfpruner.experiment_page import write_experiment_page
 from selfpruner.experiment_study import Study
@@ -244,7 +245,10 @@ def _slug(model: str) -> str:
 
 
 def _figures(arena: Arena, folder: RunFolder, progress: Progress) -> Figures:
-    """Return the figures of one search; `evaluations` are full ones, `plans` those scored."""
+    """Return the figures of one search; `evaluations` are full ones, `plans` those scored.
+
+    `machine`: its figures are a little different on others, seconds very much so.
+    """
     found = search(arena, arena.bench.config, folder, progress)
     ledger = Ledger(folder.path)
     return {
@@ -256,6 +260,7 @@ def _figures(arena: Arena, folder: RunFolder, progress: Progress) -> Figures:
         "duplicates": found.duplicates,
         "origins": found.origins,
         "seconds": round(found.seconds, 1),
+        "machine": device_name(arena.bench.family.head(arena.bench.model).device),
         "steps": list(_steps(found, arena, ledger)),
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from selfpruner.experiment_study import ALPHA, LEAST_UNITS, Study, read_off, unit_of
-from selfpruner.experiment_table import COLUMNS, lines, token_lines
+from selfpruner.experiment_table import COLUMNS, different_machines, lines, token_lines
 from selfpruner.report import page_environment, write_page
 
 
@@ -20,6 +20,7 @@ def write_experiment_page(study: Study, file: Path, out: Path) -> Path:
         verdict=study.verdict(),
         columns=COLUMNS,
         lines=lines(study),
+        warning=different_machines(study),
         token_lines=token_lines(study),
         difference=charts.difference_chart(study, compared),
         courses=[

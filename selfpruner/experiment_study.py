@@ -7,6 +7,7 @@ Fitness is lower is better, so that a negative difference is a gain.
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -114,6 +115,12 @@ class Study:
         how hard they are, and an arm that waits for the hardest would lead.
         """
         return self._by_mean({x["cell"]["arm"] for x in self.rows})
+
+    @property
+    def machines(self) -> dict[str, int]:
+        """How many cells ran on which CPU or GPU, as far as it is on file."""
+        known = (x["figures"].get("machine") for x in self.rows)
+        return dict(Counter(x for x in known if x is not None))
 
     @property
     def settings(self) -> list[tuple[str, str]]:

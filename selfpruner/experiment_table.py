@@ -45,7 +45,17 @@ def table(study: Study) -> str:
         "",
         verdict.headline,
         *(f"- {reason}" for reason in verdict.reasons),
+        *(("", warning) if (warning := different_machines(study)) else ()),
     ])  # fmt: skip
+
+
+def different_machines(study: Study) -> str | None:
+    """Return a warning where cells that are compared ran on different machines."""
+    machines = study.machines
+    if len(machines) < 2:
+        return None
+    told = ", ".join(f"{count} on {name}" for name, count in sorted(machines.items()))
+    return f"Cells ran on different machines, whose rounding moves figures a little: {told}."
 
 
 def lines(study: Study) -> list[tuple[str, ...]]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent.bandit import FLOOR, beliefs, draws_llm, reward, takes_turn
+from agent.bandit import FLOOR, beliefs, draws_llm, improves, takes_turn
 from agent.candidate import Candidate, Origin
 from agent.graph import run_search
 
@@ -125,23 +125,14 @@ def test_a_decision_depends_on_earlier_generations_and_the_seed_alone() -> None:
         grown.append(x)
 
 
-def test_a_reward_says_how_far_a_proposal_came() -> None:
-    past = {0: candidate(0, 0, "heuristic", 5.0), 1: candidate(1, 0, "classical", 7.0)}
-    for fitness, parents, want in [
-        (4.9, (1,), 1.0),
-        (5.0, (1,), 0.5),
-        (6.9, (1,), 0.5),
-        (7.0, (1,), 0.0),
-        (6.0, (0, 1), 0.0),
-        (6.0, (), 0.0),
-        (4.0, (), 1.0),
-    ]:
+def test_a_proposal_improves_on_all_before_or_not_at_all() -> None:
+    for fitness, parents, better in [(4.9, (1,), True), (5.0, (1,), False), (6.9, (1,), False)]:
         child = candidate(2, 1, "llm", fitness, parents)
-        assert reward(child, past, best=5.0) == want
-        assert reward(replace(child, origin="fallback"), past, best=5.0) == 0.0
+        assert improves(child, best=5.0) == better
+        assert not improves(replace(child, origin="fallback"), best=5.0)
 
 
-def test_beliefs_count_rewards_and_forget_slowly() -> None:
+def test_beliefs_count_improvements_and_forget_slowly() -> None:
     known = [
         candidate(0, 0, "heuristic", 5.0),
         candidate(1, 0, "llm", 4.0),
@@ -152,11 +143,12 @@ def test_beliefs_count_rewards_and_forget_slowly() -> None:
     ]
     two = beliefs(known, 2)
     assert (two["llm"].successes, two["llm"].failures, two["llm"].tokens) == (1.0, 1.0, 50.0)
-    assert (two["classical"].successes, two["classical"].failures) == (0.5, 0.5)
+    assert (two["classical"].successes, two["classical"].failures) == (0.0, 1.0)
     three = beliefs(known, 3)
-    assert three["classical"].successes == pytest.approx(0.45)
-    assert three["classical"].failures == pytest.approx(1.45)
-    assert three["classical"].mean == pytest.approx(1.45 / 3.9)
+    assert three["classical"].successes == 0
+    assert three["classical"].failures == pytest.approx(1.9)
+    assert three["classical"].mean == pytest.approx(1 / 3.9)
+    assert three["llm"].successes == pytest.approx(0.9)
     assert beliefs(known, 0) == beliefs(known, 1) == beliefs([], 7)
 
 

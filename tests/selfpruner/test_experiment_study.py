@@ -220,6 +220,18 @@ def test_intervals_are_over_seeds_and_not_over_budgets() -> None:
     assert line[3] == "3.6000 [3.2958, 3.9042]"
 
 
+def test_different_machines_are_told_of(tmp_path: Path) -> None:
+    study = _race(12, llm=0.05, placebo=0.0)
+    assert "different machines" not in table(study)
+    for row in study.rows[:5]:
+        row["figures"]["machine"] = "AMD <EPYC>"
+    assert "different machines" not in table(study)
+    study.rows[5]["figures"]["machine"] = "NVIDIA H200"
+    told = "moves figures a little: 5 on AMD <EPYC>, 1 on NVIDIA H200."
+    assert told in table(study)
+    assert told in html.unescape(_page(tmp_path, study))
+
+
 def test_without_arms_to_compare_nothing_is_claimed() -> None:
     rows = _flat("moves", [1.0] * 12)
     verdict = _study(rows, {"moves": "llm"}).verdict()
