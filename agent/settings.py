@@ -96,7 +96,7 @@ class SearchSettings(BaseModel):
     placebo: Placebo = Field(
         "none",
         description="control of the llm allocator; what prompts hide from the LLM: the places of "
-        "layers, the fitness of plans (told in a false order) or the model's name",
+        "layers, the fitness of plans (told in a random order) or the model's name",
     )
     granularity: Granularity = Field(
         "block", description="one rate per layer, or one per attention block and one per MLP"
