@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,6 @@ from agent.state import SearchContext
 from prompts.library import load_strategy
 from pruning.budget import Budget
 from pruning.plan import Grid, Plan
-from pruning.slopes import Slopes
 from selfpruner.config import RunConfig
 
 
@@ -109,5 +109,5 @@ def _no_score(plans: Sequence[Plan], sequences: Sequence[int]) -> NDArray[np.flo
     raise AssertionError(f"an estimate scores nothing: {len(plans)} plans, {len(sequences)} rows")
 
 
-def _no_slopes(plan: Plan, sequences: Sequence[int]) -> Slopes:
+def _no_slopes(plan: Plan, sequences: Sequence[int]) -> NoReturn:
     raise AssertionError(f"an estimate goes nowhere: {plan.key}, {len(sequences)} rows")
