@@ -37,9 +37,9 @@ def score_pending(
     window, start = context.window(generation), context.clock()
     anchor = _anchor(context, generation, plans)
     beside = None if anchor is None else np.array(anchor.values)
-    if beside is not None and generation == 0:
-        seen[0] = beside
     rival = _rival(context, generation) if beside is None else beside
+    if beside is not None and generation == 0:
+        seen[0], rival = beside, None  # the first plan is one of these
     rows = race(
         lambda chosen, columns: values(
             context, [plans[i] for i in chosen], window[columns.start : columns.stop]

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import agent.scoring
 from agent.budget import Spending
 from agent.graph import SearchResult, run_search
 from agent.ledger import Ledger
+from agent.racing import race
 from agent.settings import RacingSettings
 from agent.standing import leaders, ranked
 from agent.state import SearchContext
@@ -226,6 +228,23 @@ def test_a_race_within_a_window_is_run_against_the_first_plan(
     complete = [x.fitness for x in context.ledger.candidates() if x.is_complete]
     assert min(x.fitness for x in short) >= min(complete)
     assert all(len(x.values) == 10 for x in context.ledger.anchors())
+
+
+def test_the_first_plan_races_once_in_its_own_generation(
+    windowed: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice in the field it would count twice in the variance that all of them pool."""
+    rivals: list[bool] = []
+
+    def spied(*arguments: Any) -> list[NDArray[np.float64]]:
+        rivals.append(arguments[-1] is not None)
+        return race(*arguments)
+
+    monkeypatch.setattr(agent.scoring, "race", spied)
+    settings = RacingSettings(rounds=(0.4, 0.7, 1.0), bound=1.0)
+    run(windowed(window=10, racing=settings, noise=0.02, evaluations=30), tmp_path)
+    assert rivals == [False] + [True] * (len(rivals) - 1)
+    assert len(rivals) > 2
 
 
 @pytest.mark.parametrize("racing", [RacingSettings(bound=None), STAGES])
