@@ -116,7 +116,7 @@ def test_ids_are_unique_and_references_resolve(tmp_path: Path) -> None:
     ("placebo", "words"),
     [
         ("layers", "the LLM was told of layers under false numbers."),
-        ("fitness", "the LLM was told the fitness of plans in a false order."),
+        ("fitness", "the LLM was told the fitness of plans in a random order."),
         ("name", "the LLM was not told the name of the model."),
     ],
 )
