@@ -39,7 +39,8 @@ class Architecture:
         """Return the architecture that a Hugging Face `config.json` (as a mapping) describes.
 
         Raises:
-            ValueError: the family is not one of `FAMILIES`, or heads do not form KV groups.
+            ValueError: the family is not one of `FAMILIES`, heads do not form KV groups, or rope
+                scaling is of a kind that layers of different widths cannot have.
         """
         family = str(config.get("model_type"))
         if family not in FAMILIES:
@@ -53,6 +54,12 @@ class Architecture:
             raise ValueError(
                 f"config.json: num_attention_heads {heads} is no multiple of "
                 f"num_key_value_heads {kv_heads}"
+            )
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if "longrope" in (rope.get("rope_type"), rope.get("type")):
+            raise ValueError(
+                "config.json: rope scaling 'longrope' is not supported: transformers reads "
+                "numbers of heads there, which differ by layer"
             )
         has_bias_switch = family in ("llama", "qwen3")
         attention_bias = bool(config.get("attention_bias", False)) and has_bias_switch

@@ -71,7 +71,10 @@ def grown_calibration(
         errors.append(_held_out_error(model, family, architecture, unit, moments))
         if len(errors) > 1 and errors[-1] > (1 - enough) * errors[-2]:
             break
-    return Calibration([x.finish() for x in moments], tuple(tokens), tuple(errors))
+    statistics = []
+    while moments:  # what is finished lets its sums go: not all of both are alive at once
+        statistics.append(moments.pop(0).finish())
+    return Calibration(statistics, tuple(tokens), tuple(errors))
 
 
 def _doublings(count: int) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,26 @@ from pruning.streaming import LayerWriter, StreamedLayers, is_streamed, layer_te
 
 if TYPE_CHECKING:
     import torch
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        GenerationConfig,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
+
+# Settings that only some ways to generate read; transformers refuses to save them for others.
+_OF_BEAMS = ("early_stopping", "length_penalty")
+_OF_SAMPLING = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "top_h",
+    "typical_p",
+    "top_k",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "num_return_sequences",
+)
 
 
 def export(
@@ -31,8 +51,10 @@ def export(
         OSError: the folder cannot be written.
     """
     cast_parameters(model, dtype)
-    model.generation_config = _savable(model.generation_config)
-    if not is_stock(model):
+    model.generation_config = _savable(model.generation_config, model.config)
+    if is_stock(model):
+        vars(model.config).pop("auto_map", None)  # of code that is not written beside it
+    else:
         name = type(model).__name__
         module = "modeling_pruned"
         model.config.auto_map = {
@@ -51,17 +73,34 @@ def export(
     return model
 
 
-def _savable(config: GenerationConfig) -> GenerationConfig:
-    """Return how to generate, sampling where sampling is described: without, none can be saved.
+def _savable(config: GenerationConfig, model: PreTrainedConfig) -> GenerationConfig:
+    """Return how to generate, as near to `config` as transformers lets be saved.
 
-    Vicuna's, among others, names a temperature but not `do_sample`; transformers loads that.
+    It loads settings that it does not save. Vicuna's, among others, name a temperature but not
+    `do_sample`: that is sampling. Else what no way to generate reads is left out, and where that
+    does not do, the settings are those of the model's configuration.
     """
     found = copy.deepcopy(config)
-    try:
-        found.validate(strict=True)
-    except ValueError:
+    if not _is_valid(found) and (found.num_beams or 1) == 1:
+        _leave_out(found, _OF_BEAMS)
+    if not _is_valid(found) and found.do_sample is None and found.temperature != 0:
         found.do_sample = True
-    return found
+    if not _is_valid(found) or (found.temperature == 0 and not found.do_sample):
+        _leave_out(found, _OF_SAMPLING)
+    return found if _is_valid(found) else type(config).from_model_config(model)
+
+
+def _is_valid(config: GenerationConfig) -> bool:
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        return False
+    return True
+
+
+def _leave_out(config: GenerationConfig, names: Sequence[str]) -> None:
+    for name in names:
+        setattr(config, name, None)
 
 
 def _save_held(model: PreTrainedModel, folder: Path) -> None:

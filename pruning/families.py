@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens, D hidden size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,11 @@ class Family:
     up = "mlp.up_proj"
     down = "mlp.down_proj"
 
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """All linear maps of a layer."""
+        return (self.q, self.k, self.v, self.o, self.gate, self.up, self.down)
+
 
 class Llama(Family):
     """Llama 1, 2 and 3, Vicuna and every other model of type `llama`."""
@@ -91,14 +97,22 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def window_of(config: Any) -> int | None:
+    """Return the tokens of a sliding attention window, None where no layer has one."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds is None or "sliding_attention" in kinds
+    return int(window) if slides and window is not None else None
+
+
 def check_window(model: nn.Module, length: int, name: str) -> None:
     """Refuse sequences that a layer-by-layer forward pass does not model.
 
     Raises:
         ValueError: they are longer than a sliding attention window; `name` is their setting.
     """
-    window = getattr(model.config, "sliding_window", None)
-    if window is not None and length > int(str(window)):
+    window = window_of(model.config)
+    if window is not None and length > window:
         raise ValueError(
             f"{name}: got {length} tokens, this model attends within a window of {window}; "
             "use at most that many"
@@ -112,13 +126,18 @@ def family_of(model: nn.Module) -> tuple[Family, Architecture]:
         ValueError: the family is not supported, or the weights are packed: quantised.
     """
     architecture = Architecture.from_config(model.config.to_dict())  # type: ignore[operator, union-attr]
-    for name, parameter in model.get_submodule("model.layers").named_parameters():
-        if parameter.dtype not in _PLAIN:
-            raise ValueError(
-                f"model: its weights are quantised (layer {name} is {parameter.dtype}); "
-                "allowed: a checkpoint in float32, bfloat16 or float16"
-            )
-    return FAMILIES[architecture.family], architecture
+    family = FAMILIES[architecture.family]
+    found = dict(model.get_submodule("model.layers").named_parameters())
+    packed = [f"{name} is {x.dtype}" for name, x in found.items() if x.dtype not in _PLAIN]
+    for index in range(architecture.layers):
+        names = (f"{index}.{role}.weight" for role in family.projections)
+        packed += [f"{name} is not there" for name in names if name not in found]
+    if packed:
+        raise ValueError(
+            f"model: its weights are quantised (layer {packed[0]}); "
+            "allowed: a checkpoint in float32, bfloat16 or float16"
+        )
+    return family, architecture
 
 
 def run_attention(layer: nn.Module, hidden_BTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pruning.families import window_of
 from pruning.shards import Shards
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def _check(config: PreTrainedConfig, family: str) -> None:
         raise ValueError(
             f"config.json: hidden_act {config.hidden_act!r}; llama.cpp computes {family} with silu"
         )
-    window = getattr(config, "sliding_window", None)
+    window = window_of(config)
     if window is not None and window < config.max_position_embeddings:
         raise ValueError(
             f"config.json: sliding_window {window}; llama.cpp's {_STOCK[family].name} has none"

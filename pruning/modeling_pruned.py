@@ -52,9 +52,10 @@ class PerLayerConfig:
 
 
 def _without_layers(config):
-    """Return a copy with no layers: the stock constructor must not read per-layer widths."""
+    """Return a copy with no layers, all alike: stock constructors must not read their widths."""
     shell = copy.copy(config)
     shell.num_hidden_layers = 0
+    shell.per_layer_config = None  # scaled rotary embeddings read how many heads there are
     return shell
 
 

@@ -52,8 +52,9 @@ class Plan:
             ValueError: a row is not three whole numbers of at least 1.
         """
         for index, row in enumerate(rows):
-            whole = all(isinstance(x, int) and not isinstance(x, bool) for x in row)
-            if len(row) != 3 or not whole or min(row) < 1:
+            numbers = row if isinstance(row, (list, tuple)) else ()
+            whole = all(isinstance(x, int) and not isinstance(x, bool) for x in numbers)
+            if len(numbers) != 3 or not whole or min(numbers) < 1:
                 raise ValueError(f"plan, layer {index}: got {row!r}, want three integers >= 1")
         return cls(tuple(LayerPlan(*row) for row in rows))
 

@@ -21,6 +21,7 @@ Shapes: B sequences, T tokens, D hidden size, N input channels of an output proj
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -60,6 +61,12 @@ class CrossMoments:
         self.yx = y.T @ x + self.yx
         self.yy += float(y.square().sum(dtype=torch.float64))
         self.count += len(x)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all sums are."""
+        sums = (torch.as_tensor(x) for x in (self.xx, self.yx, self.yy))
+        return all(bool(x.isfinite().all()) for x in sums)
 
     def means(self) -> Means:
         """Return E[x x'], E[y x'] in float64 and E|y|^2."""
@@ -211,7 +218,11 @@ def _refit_output(
     before: Sequence[Tensor],
     after: Sequence[Tensor],
 ) -> float:
-    """Fit an output projection to `after - before`, write it back, return the ridge chosen."""
+    """Fit an output projection to `after - before`, write it back, return the ridge chosen.
+
+    Where the model overflows, the projection stays as it is, at an infinite ridge: whoever compares
+    the models sees which one is sound.
+    """
     weight = linear.weight
     bias = linear.bias
     assert isinstance(weight, Tensor)
@@ -219,6 +230,8 @@ def _refit_output(
     for index, (x, start, end) in enumerate(zip(inputs, before, after, strict=True)):
         part = held_out if is_held_out(index, len(inputs)) else fit
         part.add(x, end - start)
+    if not (fit.is_finite and held_out.is_finite):
+        return math.inf
     anchor = dense_DN.double()
     if isinstance(bias, Tensor):
         anchor = torch.cat([anchor, bias.double().unsqueeze(1)], dim=1)

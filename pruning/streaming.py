@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +83,7 @@ def streamed_model(
     norm and head are in memory. The weights are not to be trained.
 
     Raises:
-        ValueError: the folder holds no safetensors, or not all weights.
+        ValueError: the folder holds no safetensors, not all weights, or others.
     """
     from accelerate import init_empty_weights
 
@@ -101,6 +101,7 @@ def streamed_model(
             outer[name] = shards.read(name, dtype, device)
     if missing:
         raise ValueError(f"{len(missing)} weights are missing, the first {sorted(missing)[0]}")
+    check_homes(set(shards) - dict(model.named_parameters(remove_duplicate=False)).keys())
     model.load_state_dict(outer, strict=False, assign=True)
     model.tie_weights()
     for buffer in model.buffers():
@@ -110,6 +111,19 @@ def streamed_model(
     trunk = model.get_submodule("model")
     trunk.layers = StreamedLayers(model.get_submodule(_LAYERS), shards, dtype, device)
     return model.eval()
+
+
+def check_homes(unexpected: Iterable[str]) -> None:
+    """Refuse stored tensors that the model has no place for: scales or biases would be lost.
+
+    Raises:
+        ValueError: one is no frequency of rotary embeddings, which old checkpoints hold.
+    """
+    homeless = sorted(x for x in unexpected if not x.endswith("rotary_emb.inv_freq"))
+    if homeless:
+        raise ValueError(
+            f"{len(homeless)} stored weights have no place in the model, the first {homeless[0]}"
+        )
 
 
 class LayerWriter:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pruning.families import family_of
+from pruning.families import family_of, window_of
 from pruning.plan import Grid, Plan
 from pruning.shaping import shaped
 from selfpruner.environment import (
@@ -89,7 +89,7 @@ def measure(
     Raises:
         ValueError: the workload is longer than a sliding attention window, which is not timed.
     """
-    window = getattr(model.config, "sliding_window", None)
+    window = window_of(model.config)
     if window is not None and workload.tokens >= window:
         raise ValueError(
             f"tokens: got {workload.tokens}, this model attends within a window of {window}; "

@@ -21,8 +21,8 @@ def damped_factor(statistics: BlockStatistics, ridge: float) -> tuple[Tensor, fl
     """Return L (N, N), float64 and lower triangular, with L L' = C + lambda I, and lambda.
 
     C is the covariance, because a bias makes up for the mean; lambda = `ridge` times the mean
-    diagonal of C. One lambda for all channels: a ridge by channel, which the refit uses, gave the
-    same held-out error here (EXPERIMENTS.md).
+    diagonal of C, the same for all channels. Where a single channel has most of that diagonal it
+    holds the others fast, and the correction comes near that of biases alone.
 
     Raises:
         ValueError: no damping helps: the moments are not finite.

@@ -151,6 +151,14 @@ def test_macs_of_llm_pruner_table() -> None:
     assert pruned == pytest.approx(339.60, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "rope", [{"rope_parameters": {"rope_type": "longrope"}}, {"rope_scaling": {"type": "longrope"}}]
+)
+def test_rope_that_needs_one_number_of_heads(rope: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="rope scaling 'longrope' is not supported"):
+        Architecture.from_config({"model_type": "llama", "num_attention_heads": 4} | rope)
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "mixtral", None])
 def test_unsupported_family_names_the_supported(model_type: str | None) -> None:
     with pytest.raises(ValueError, match="is not supported") as caught:

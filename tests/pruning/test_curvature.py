@@ -143,13 +143,21 @@ def test_cut_errors_are_divergences_in_nats(
     grid = Grid.of(family_of(model)[1], 20, unit)
     captured = capture(model, tokens)
     for index, (layer, seen) in enumerate(zip(elastic.layers, captured, strict=True)):
-        _, errors = layer.cut_errors(grid, curvature[index])
-        weight = model.model.layers[index].mlp.down_proj.weight
+        attention, mlp = layer.cut_errors(grid, curvature[index])
+        stock, roots = model.model.layers[index], curvature[index]
         for level, kept in enumerate(grid.mlp):
             lost = layer.order.channels[kept:].tolist()
-            change = seen.rows("mlp")[:, lost] @ weight[:, lost].T @ curvature[index].mlp.T
-            assert errors[level] == pytest.approx(float(change.square().sum(1).mean()), rel=1e-4)
-        assert errors[-1] == 0
+            change = seen.rows("mlp")[:, lost] @ stock.mlp.down_proj.weight[:, lost].T @ roots.mlp.T
+            assert mlp[level] == pytest.approx(float(change.square().sum(1).mean()), rel=1e-4)
+        for level, kept in enumerate(grid.attention):
+            heads = layer.order.heads
+            gone = heads[kept:] if unit == "kv_group" else heads[:, kept:]
+            lost = [8 * head + i for head in gone.flatten().tolist() for i in range(8)]
+            output = stock.self_attn.o_proj.weight[:, lost].T
+            change = seen.rows("attention")[:, lost] @ output @ roots.attention.T
+            expected = float(change.square().sum(1).mean())
+            assert attention[level] == pytest.approx(expected, rel=1e-4)
+        assert attention[-1] == mlp[-1] == 0
 
 
 def test_units_are_ranked_by_what_they_do_to_predictions(

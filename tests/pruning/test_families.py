@@ -73,6 +73,12 @@ def test_the_window_matters(make_model: Any, make_tokens: Any) -> None:
     assert not torch.allclose(narrow(tokens).logits, wide(tokens).logits, atol=1e-6)
 
 
+def test_a_window_that_no_layer_has(make_model: Any, make_tokens: Any) -> None:
+    fields = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}
+    model, tokens = make_model("qwen2", **fields), make_tokens(3, 20)
+    assert torch.allclose(_by_layer(model, tokens), model(tokens).logits, rtol=0, atol=1e-9)
+
+
 def test_unsupported_models_are_refused() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -172,6 +172,59 @@ def test_a_sampling_configuration_that_cannot_be_saved_is_mended(
     assert (saved["do_sample"], saved["temperature"], saved["top_p"]) == (True, 0.9, 0.6)
 
 
+@pytest.mark.parametrize(
+    ("given", "saved"),
+    [
+        ({"do_sample": False, "temperature": 0.6}, {"do_sample": False, "temperature": None}),
+        ({"temperature": 0.0}, {"do_sample": None, "temperature": None}),
+        ({"early_stopping": True, "length_penalty": 0.8}, {"do_sample": None}),
+        ({"num_beams": 2, "length_penalty": 0.8}, {"num_beams": 2, "length_penalty": 0.8}),
+        ({"max_new_tokens": -1, "top_k": 7}, {"max_new_tokens": None}),
+    ],
+)
+def test_what_no_way_to_generate_reads_is_not_saved(
+    folder: Path, tmp_path: Path, given: dict[str, Any], saved: dict[str, Any]
+) -> None:
+    model, tokenizer = load(str(folder), torch.float32)
+    for name, value in given.items():
+        setattr(model.generation_config, name, value)
+    export(model, tokenizer, tmp_path / "saved", torch.float32)
+    found = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert {name: found.get(name) for name in saved} == saved
+    again = load(str(tmp_path / "saved"), torch.float32)[0]
+    assert again.generate(torch.tensor([[3, 4]]), max_new_tokens=2).shape == (1, 4)
+
+
+def test_a_stock_export_names_no_code(folder: Path, tmp_path: Path) -> None:
+    model, tokenizer = load(str(folder), torch.float32)
+    model.config.auto_map = {"AutoModelForCausalLM": "modeling_x.X"}
+    export(model, tokenizer, tmp_path / "saved", torch.float32)
+    assert "auto_map" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_stored_weights_without_a_place_are_refused(folder: Path, streamed: bool) -> None:
+    """A bias that the configuration leaves out, the scales of packed weights: nothing is lost."""
+    path, opened = folder / "model.safetensors", load_streamed if streamed else load
+    tensors = load_file(path)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, path, metadata={"format": "pt"})
+    opened(str(folder), torch.float32)  # which old checkpoints hold
+    tensors["model.layers.1.mlp.up_proj.weight_scale"] = torch.ones(48)
+    save_file(tensors, path, metadata={"format": "pt"})
+    message = _refusal(opened, str(folder), torch.float32)
+    assert "have no place in the model, the first model.layers.1.mlp.up_proj.weight" in message
+
+
+def test_weights_packed_in_buffers_are_refused(make_model: Any) -> None:
+    model = make_model("llama", dtype=torch.float32)
+    up = model.model.layers[1].mlp.up_proj
+    up.register_buffer("qweight", up.weight.data.to(torch.int8))
+    del up.weight
+    with pytest.raises(ValueError, match=r"quantised \(layer 1\.mlp\.up_proj\.weight is not"):
+        family_of(model)
+
+
 def test_packed_weights_are_refused(make_model: Any) -> None:
     model = make_model("llama", dtype=torch.float32)
     up = model.model.layers[1].mlp.up_proj

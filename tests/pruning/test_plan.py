@@ -33,7 +33,8 @@ def test_key_is_stable() -> None:
 
 
 @pytest.mark.parametrize(
-    "row", [[1, 2], [1, 2, 8, 1], [0, 2, 8], [1, -2, 8], [1, 2, 8.0], [True, 2, 8], ["1", 2, 8]]
+    "row",
+    [[1, 2], [1, 2, 8, 1], [0, 2, 8], [1, -2, 8], [1, 2, 8.0], [True, 2, 8], ["1", 2, 8], 5, None],
 )
 def test_damaged_rows_are_refused(row: list[object]) -> None:
     with pytest.raises(ValueError, match=r"^plan, layer 1: got .*, want three integers >= 1$"):

@@ -262,6 +262,26 @@ def test_one_batch_has_nothing_to_hold_out(make_model: Any, rank: Any, make_toke
     assert ridges == [(0.3, 0.3)] * 3
 
 
+def test_a_model_that_overflows_is_left_as_it_is(
+    make_model: Any, rank: Any, make_tokens: Any
+) -> None:
+    """Beside one that does not: that is refitted as alone."""
+    dense, sound, orders = _pruned(make_model, rank, "llama", "bias")
+    _, broken, _ = _pruned(make_model, rank, "llama", "bias")
+    with torch.no_grad():
+        broken.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
+    before = [x.weight.clone() for x in _outputs(broken)]
+    tokens = make_tokens(16, 16)
+    ridges = refit([broken, sound], dense, family_of(dense)[0], [orders] * 2, tokens, batch_size=2)
+    flat = [x for pair in ridges[0] for x in pair]
+    assert [math.isinf(x) for x in flat] == [False] * 3 + [True] * 3
+    for linear, weight in list(zip(_outputs(broken), before, strict=True))[3:]:
+        assert torch.equal(linear.weight, weight)
+    _, alone, _ = _pruned(make_model, rank, "llama", "bias")
+    (expected,) = refit([alone], dense, family_of(dense)[0], [orders], tokens, batch_size=2)
+    assert ridges[1] == expected
+
+
 def test_several_models_are_refitted_as_each_alone(
     make_model: Any, rank: Any, make_tokens: Any
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,6 +68,30 @@ def test_heads_that_do_not_divide_the_hidden_size(
     tokens = make_tokens(2, 16)
     assert layer_plan(small) == plan
     assert torch.allclose(small(tokens).logits, logits_of(elastic, plan, tokens), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "rope", [{"rope_type": "yarn", "factor": 4.0}, {"rope_type": "dynamic", "factor": 2.0}]
+)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_scaled_rotary_embeddings_with_heads_that_differ(
+    make_model: Any,
+    rank: Any,
+    logits_of: Any,
+    make_tokens: Any,
+    tmp_path: Path,
+    family: str,
+    rope: dict[str, Any],
+) -> None:
+    dense = make_model(family, rope_parameters=rope | {"rope_theta": 1e4})
+    elastic = rank(dense, "bias")
+    small = sliced(elastic, UNEVEN)
+    tokens = make_tokens(2, 60)
+    logits = logits_of(elastic, UNEVEN, tokens)
+    assert torch.allclose(small(tokens).logits, logits, rtol=0, atol=1e-9)
+    small.save_pretrained(tmp_path)
+    again = type(small).from_pretrained(tmp_path, dtype=torch.float64)
+    assert torch.equal(again(tokens).logits, small(tokens).logits)
 
 
 def test_layer_plan_of_dense_models(make_model: Any) -> None:
