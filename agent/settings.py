@@ -260,7 +260,9 @@ class Endpoint(BaseModel):
         None, min_length=1, description="api: address of the endpoint, such as http://host:8000/v1"
     )
     key_variable: str = Field(
-        "OPENAI_API_KEY", description="api: environment variable that holds the key; may be unset"
+        "OPENAI_API_KEY",
+        description="api: environment variable that holds the key; may be unset; vllm: only where "
+        "another one is named",
     )
     structured: Structured = Field(
         "auto", description="api, vllm: how JSON is asked for; auto: the strictest that works"

@@ -33,6 +33,7 @@ class EngineProcess:
 
     def __init__(self, process: subprocess.Popen[str], said: IO[bytes]) -> None:
         self._process, self._said = process, said
+        self._failure: str | None = None
 
     @classmethod
     @contextmanager
@@ -64,8 +65,17 @@ class EngineProcess:
         """Return the answer to one request.
 
         Raises:
-            EngineError: the process ended, hangs, or gave no JSON.
+            EngineError: the process ended, hangs, or gave no JSON, now or before: what a process
+                says that once hung would be the answer to another request.
         """
+        if self._failure is None:
+            try:
+                return self._answer(request)
+            except EngineError as error:
+                self._failure = str(error)
+        raise EngineError(self._failure)
+
+    def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with suppress(BrokenPipeError):  # the empty answer then says that it ended

@@ -21,7 +21,7 @@ class VllmEngine:
             raise SkipError("vLLM loads a folder or hub id, not a GGUF file")
         self._eager = bool(load["device"] == "cpu")
         context = _context(load["model"], load["trust_remote_code"])
-        self._length = min(load["most_tokens"], context)
+        self._length = min(load["most_tokens"] + 1, context)  # it ends before its length is full
         self._llm = LLM(
             model=load["model"],
             dtype=load["dtype"],

@@ -185,6 +185,7 @@ class _Comparison:
         self._engine, self._models, self._settings = engine, models, settings
         self._can_products = engine == "transformers"
         self._can_bytes = engine != "vllm"
+        self._keeps_free = int(engine == "vllm")  # it ends one position before its context is full
         self._workers: dict[str, EngineProcess] = {}
         self._facts: dict[str, dict[str, Any]] = {}
         self._rows: list[Row] = []
@@ -221,12 +222,13 @@ class _Comparison:
         A prompt that fills the model's context is timed as much shorter as the new tokens need.
         """
         context = min(x["context"] for x in self._facts.values())
-        if case.tokens > context or case.new_tokens >= context:
+        room = context - self._keeps_free
+        if case.tokens > context or case.new_tokens >= room:
             asked = case.tokens + case.new_tokens
             self._skip(case, f"{asked} positions, the model has {context}")
             return
-        if case.tokens + case.new_tokens > context:
-            shorter = replace(case, tokens=context - case.new_tokens)
+        if case.tokens + case.new_tokens > room:
+            shorter = replace(case, tokens=room - case.new_tokens)
             self._skip(case, f"timed with {shorter.tokens}, the model has {context} positions")
             case = shorter
         sizes = {"batch": case.batch, "tokens": case.tokens, "seed": 0}

@@ -18,29 +18,6 @@ from evaluators.metric import Metric
 _LOGIT_ENTRIES = 16 * 2**20
 
 
-def windows(token_ids: Tensor, length: int) -> Tensor:
-    """Non-overlapping windows (N, L) of a token stream; the tail that fills none is dropped.
-
-    Args:
-        token_ids: One stream of token ids, shape (T,).
-        length: Tokens a window, at least 2.
-
-    Raises:
-        ValueError: If the stream holds not even one window.
-    """
-    if token_ids.ndim != 1 or length < 2:
-        raise ValueError(
-            f"windows: got shape {tuple(token_ids.shape)} and length {length}, "
-            "allowed one dimension and length >= 2"
-        )
-    count = len(token_ids) // length
-    if count == 0:
-        raise ValueError(
-            f"windows: got {len(token_ids)} tokens, need at least {length} for one window"
-        )
-    return token_ids[: count * length].reshape(count, length)
-
-
 def perplexity(
     model: nn.Module, windows_NL: Tensor, batch_size: int = 1, name: str = "perplexity"
 ) -> Metric:
@@ -62,7 +39,10 @@ def perplexity(
 def perplexity_of(losses_N: Tensor, name: str = "perplexity") -> Metric:
     """Perplexity from the mean cross-entropy in nats of every window, shape (N,)."""
     count = len(losses_N)
-    value = math.exp(float(losses_N.mean()))
+    try:
+        value = math.exp(float(losses_N.mean()))
+    except OverflowError:
+        value = math.inf
     stderr = value * float(losses_N.std()) / math.sqrt(count) if count > 1 else None
     return Metric(name, value, stderr, count, "", higher_is_better=False)
 

@@ -23,19 +23,34 @@ def check_drivers(chain: Sequence[Endpoint]) -> None:
     """Refuse drivers that cannot be opened, before anything is computed.
 
     Raises:
-        ValueError: a model, a recording or the program of a vLLM server is not there; one line.
+        ValueError: a model, a recording or the program of a vLLM server is not there, or there can
+            be no such address or key; one line.
     """
     for settings in chain:
         if settings.kind in ("embedded", "vllm") and settings.model is not None:
             _check_model(settings.model)
-        if settings.kind == "replay" and not Path(str(settings.recording)).is_file():
-            raise ValueError(f"driver.recording: {settings.recording}: no such file")
+        if settings.kind == "api":
+            _check_endpoint(settings)
+        if settings.kind == "replay":
+            _replay(settings)
         if settings.kind == "vllm" and not shutil.which(settings.python or "vllm"):
             wanted = settings.python or "vllm"
             raise ValueError(
                 f"driver.python: {wanted}: no such program; `make venv-vllm` builds an "
                 "environment with vLLM, driver.python is its interpreter"
             )
+
+
+def _check_endpoint(settings: Endpoint) -> None:
+    from httpx2 import URL, InvalidURL
+
+    from agent.drivers.api import key_of
+
+    key_of(settings)
+    try:
+        URL(str(settings.base_url))
+    except InvalidURL as error:
+        raise ValueError(f"driver.base_url: got {settings.base_url!r}; {error}") from None
 
 
 def _check_model(name: str) -> None:
@@ -55,7 +70,7 @@ def open_driver(
         "embedded": lambda x: _embedded(bench, x),
         "api": _api,
         "vllm": lambda x: _vllm(bench, folder, progress, x),
-        "replay": _replay,
+        "replay": lambda x: _replay(x, folder.llm),
     }
     return ChainDriver([partial(kinds[x.kind], x) for x in chain], chain)
 
@@ -73,10 +88,10 @@ def _api(settings: Endpoint) -> Driver:
     return ApiDriver(settings, base_url=str(settings.base_url), model=settings.model)
 
 
-def _replay(settings: Endpoint) -> Driver:
+def _replay(settings: Endpoint, given: Path | None = None) -> Driver:
     from agent.drivers.replay import ReplayDriver
 
-    return ReplayDriver(Path(str(settings.recording)))
+    return ReplayDriver(Path(str(settings.recording)), given)
 
 
 def _vllm(bench: Workbench, folder: RunFolder, progress: Progress, settings: Endpoint) -> Driver:

@@ -82,7 +82,7 @@ def load_experiment(path: Path) -> Experiment:
     if "model" in data and "base" not in data:
         raise ValueError(f"{path}: a run's configuration, want an experiment: base, arms and seeds")
     try:
-        config = ExperimentConfig.model_validate_json(json.dumps(data), strict=True)
+        config = ExperimentConfig.model_validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
         lines = complaints(ExperimentConfig, error, lambda _: str(path))
         raise ValueError("\n".join(lines)) from None

@@ -61,11 +61,14 @@ def export_hf(source: str, out: Path | None, dtype: str | None, progress: Progre
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out: {out} exists; choose another")
     settle_process()
+    partly = out.with_name(f".{out.name}.partly")
+    shutil.rmtree(partly, ignore_errors=True)
     with progress.stage(f"write {out.name}"):
         if model is not None and dtype is None:
-            shutil.copytree(model, out, dirs_exist_ok=True)
+            shutil.copytree(model, partly)
         else:
-            _convert(source if model is None else str(model), out, dtype or "bf16")
+            _convert(source if model is None else str(model), partly, dtype or "bf16")
+        partly.replace(out)  # an empty folder there gives way
     return f"{out}: {dtype or ('bf16' if model is None else 'as it was')}"
 
 

@@ -15,13 +15,12 @@ from selfpruner.results import Results
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|#&~$!])")
 
 
-def model_card(results: Results, stock: bool, licence: str = "unknown") -> str:
+def model_card(results: Results, stock: bool) -> str:
     """Return the card: YAML front matter, then Markdown.
 
     Args:
         results: numbers of the run.
         stock: whether transformers loads the folder without code of its own.
-        licence: licence of the base model as the hub names it; a pruned model keeps it.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -36,19 +35,19 @@ def model_card(results: Results, stock: bool, licence: str = "unknown") -> str:
     )
     environment.filters.update(notation.FILTERS)
     return environment.get_template("model_card.md.j2").render(
-        front_matter=Markup(_front_matter(results, licence)),
+        front_matter=Markup(_front_matter(results)),
         results=results,
         stock=stock,
     )
 
 
-def _front_matter(results: Results, licence: str) -> str:
+def _front_matter(results: Results) -> str:
     # One line each: readers that split at a line of dashes must not find one in a name.
     name, family = (" ".join(x.split()) for x in (results.model.name, results.model.family))
     fields = {
         "base_model": name,
         "library_name": "transformers",
-        "license": licence,
+        "license": "unknown",  # that of the base model, which its files do not always name
         "pipeline_tag": "text-generation",
         "tags": ["self-pruner", "structured-pruning", "pruned", family],
     }

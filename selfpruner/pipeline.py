@@ -90,8 +90,8 @@ def compress(
     check_words_and_drivers(config)
     bench = prepare(config, progress, folder)
     _check_items(config)
-    folder.keep()
     _check_disk(bench, folder)
+    folder.keep()
     choice = _choose(bench, folder, progress, workforce or Workforce())
     bench = choice.bench
     _write_plan(bench, choice.prunable, choice.selected.plan, folder)
@@ -170,7 +170,7 @@ def _check_disk(bench: Workbench, folder: RunFolder) -> None:
     needed = (weights + bench.architecture.fixed_parameters(True)) * dtype.itemsize
     if bench.scratch is not None:
         needed += _scratch_bytes(bench, min(share, 1.0))
-    free = shutil.disk_usage(folder.path).free
+    free = shutil.disk_usage(folder.path).free + folder.replaced_bytes
     if free < needed:
         needs = "the pruned model needs" if bench.scratch is None else "a streamed run needs"
         raise ValueError(f"{folder}: {free / 1e6:.0f} MB are free, {needs} {needed / 1e6:.0f} MB")
@@ -243,7 +243,7 @@ def _checked(pruned: PreTrainedModel, folder: Path, bench: Workbench) -> PreTrai
         reloaded = reopened(pruned, folder)
     tokens = next(iter(bench.texts.report.values()), bench.texts.select)[:1].to(pruned.device)
     with torch.no_grad():
-        logits = (model(tokens).logits for model in (reloaded, pruned))
-        if not torch.allclose(*logits, rtol=0, atol=0, equal_nan=True):
+        read, held = (model(tokens).logits for model in (reloaded, pruned))
+        if not torch.allclose(read, held, rtol=0, atol=0, equal_nan=True):
             raise RuntimeError(f"{folder}: the exported model differs from the one in memory")
     return reloaded

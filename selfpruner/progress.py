@@ -21,7 +21,8 @@ class Progress:
 
     `with progress.stage("calibrate", total=128) as advance: advance(16)`. Stages may nest. On a
     terminal each is a bar; elsewhere a line at most every `interval` seconds, and one at the end.
-    `seconds` holds the wall time of each stage that ended, summed when a name comes again.
+    `seconds` holds the wall time of each stage that ended, without that of stages within it,
+    summed when a name comes again.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Progress:
         is_terminal = self._stream.isatty()
         self._bars: RichProgress | None = _bars(self._stream, clock) if is_terminal else None
         self._open = 0
+        self._within = [0.0]  # seconds of the stages within each one that is open
 
     def __enter__(self) -> Self:
         """Return self; leaving the block takes the bars off the screen."""
@@ -64,13 +66,15 @@ class Progress:
             done: steps that were done before; the time left is reckoned without them.
         """
         started = self._clock()
+        self._within.append(0.0)
         display = self._bar if self._bars is not None else self._lines
         try:
             with display(name, total, done) as advance:
                 yield advance
         finally:
             spent = self._clock() - started
-            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent - self._within.pop()
+            self._within[-1] += spent
 
     def note(self, text: str) -> None:
         """Print one line without disturbing the bars."""

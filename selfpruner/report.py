@@ -15,6 +15,7 @@ from pydantic import JsonValue
 
 from selfpruner import notation
 from selfpruner.results import NORMALISED, Quality, Results, SpeedRow, TaskNumbers
+from selfpruner.run_folder import write_whole
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -94,10 +95,8 @@ def page_environment() -> Environment:
 
 
 def write_page(path: Path, text: str) -> Path:
-    """Write a page and return its path."""
-    # newline: the same bytes on every system.
-    path.write_text(text, encoding="utf-8", newline="\n")
-    return path
+    """Write a page, the same bytes on every system, and return its path."""
+    return write_whole(path, text)
 
 
 def _charts(results: Results) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from pruning.budget import BudgetKind
+from selfpruner.run_folder import write_whole
 
 NORMALISED = frozenset({"hellaswag", "arc_challenge", "openbookqa"})
 Origin = Literal["llm", "llm_repaired", "fallback", "classical", "heuristic"]
@@ -319,8 +320,8 @@ class Results(Record):
         return len({(x.kv_groups, x.q_per_group, x.mlp_channels) for x in self.units}) == 1
 
     def save(self, path: Path) -> None:
-        """Write the results as indented JSON."""
-        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        """Write the results as indented JSON, in one step."""
+        write_whole(path, self.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Results:

@@ -59,7 +59,7 @@ class RunFolder:
             facts = environment(config.seed, threads)
             folder.write_json("environment.json", {_MARK: 1, **facts})
             folder.write_text("config.yaml", config.to_yaml())
-        except OSError:
+        except BaseException:  # a signal, too: nothing would go on with half a beginning
             folder.remove_if_unused()
             raise
         return folder
@@ -102,9 +102,18 @@ class RunFolder:
     def remove_if_unused(self) -> None:
         """Remove the folder again if nothing was added to it; what it was to replace is back."""
         if self._is_unused:
-            shutil.rmtree(self.path, ignore_errors=True)
-            if self._replaced.is_dir():
-                self._replaced.rename(self.path)
+            self._take_back()
+
+    def _take_back(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._replaced.is_dir():
+            self._replaced.rename(self.path)
+
+    @property
+    def replaced_bytes(self) -> int:
+        """What `keep` gives back to the disk."""
+        there = self._replaced.rglob("*") if is_run_folder(self._replaced) else ()
+        return sum(x.stat().st_size for x in there if x.is_file() and not x.is_symlink())
 
     @property
     def _is_unused(self) -> bool:
@@ -206,18 +215,7 @@ class RunFolder:
         Raises:
             OSError: it cannot be written; a full disk is named as such.
         """
-        path = self.path / name
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with _full_disk_named(path):
-            try:
-                with temporary.open("w", encoding="utf-8") as file:
-                    file.write(text)
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
-        return path
+        return write_whole(self.path / name, text)
 
     def read_json(self, name: str) -> Any:
         """Return the data of `name`.
@@ -234,6 +232,25 @@ class RunFolder:
             raise ValueError(f"{path}: not JSON: {error}") from None
 
 
+def write_whole(path: Path, text: str) -> Path:
+    """Write a text file in one step (a new one takes the old one's place) and return its path.
+
+    Raises:
+        OSError: it cannot be written; a full disk is named as such.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _full_disk_named(path):
+        try:
+            with temporary.open("w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return path
+
+
 def is_run_folder(path: Path) -> bool:
     """Return whether `path` is a folder that `RunFolder.create` made."""
     try:
@@ -243,9 +260,20 @@ def is_run_folder(path: Path) -> bool:
     return isinstance(mark, dict) and _MARK in mark and (path / "config.yaml").is_file()
 
 
+def _hardly_began(path: Path) -> bool:
+    """Return whether a run was killed there before it had its configuration."""
+    names = {x.name for x in path.iterdir() if not x.name.endswith(".tmp")}
+    mark = path / "environment.json"
+    return names == {mark.name} and _MARK in mark.read_text("utf-8", errors="replace")
+
+
 def _make_room(folder: RunFolder, replace: bool) -> None:
     """Put the run that is there aside, if allowed to; one that never began is simply removed."""
     path = folder.path
+    if _hardly_began(path):
+        folder._take_back()
+        if not path.exists():
+            return
     if not replace:
         raise ValueError(
             f"{path}: exists; `selfpruner resume {path}` goes on with a run that is there, "

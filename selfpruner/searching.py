@@ -21,7 +21,7 @@ from selfpruner.config import RunConfig
 from selfpruner.driving import check_drivers, open_driver
 from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
-from selfpruner.stopping import draining, stop_of
+from selfpruner.stopping import draining, raise_if_asked, stop_of
 
 _MEASURED = ("probe", "slopes")  # events that cost evaluations and are no candidates
 
@@ -70,9 +70,11 @@ def search(
         stack.enter_context(draining(control, progress.note))
         tell = narrator(advance, progress, done)
         try:
-            return run_search(context, folder.checkpoints, on_event=tell, control=control)
+            found = run_search(context, folder.checkpoints, on_event=tell, control=control)
         except SearchDrainedError as drained:
             raise stop_of(str(control.drain_reason)) from drained
+        raise_if_asked()  # the signal came in the last step of the search
+        return found
 
 
 def _context(

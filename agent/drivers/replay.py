@@ -17,8 +17,8 @@ class ReplayDriver:
     those of the recording.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Read the recording.
+    def __init__(self, path: Path, given: Path | None = None) -> None:
+        """Read the recording; tries that are on file in `given` already are not given again.
 
         Raises:
             ValueError: there is none, or a line of it cannot be read.
@@ -30,6 +30,10 @@ class ReplayDriver:
         for line in read_lines(path):
             if not line.is_skipped:
                 self._tries.setdefault(_place(line), []).append(line)
+        for line in read_lines(given) if given is not None else ():
+            tries = self._tries.get(_place(line), [])
+            if tries and _completion(0, tries[0]) == _completion(0, line):
+                tries.pop(0)
 
     def complete(self, requests: Sequence[Request], may_retry: MayRetry) -> Iterator[Completion]:
         """Yield the recorded tries at each request, in order.

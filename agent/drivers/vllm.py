@@ -23,7 +23,9 @@ class VllmDriver(ApiDriver):
         """
         server.start(settings.start_seconds, on_wait)
         self._server = server
-        super().__init__(settings, base_url=server.url, model=server.model_id)
+        # The variable that is not named is that of endpoints elsewhere: no key for this server.
+        is_named = settings.key_variable != Endpoint.model_fields["key_variable"].default
+        super().__init__(settings, base_url=server.url, model=server.model_id, has_key=is_named)
 
     def close(self) -> None:
         """Close the connections and stop the server."""

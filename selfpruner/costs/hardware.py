@@ -97,7 +97,7 @@ def load_hardware(name: str, devices: int | None = None) -> Hardware:
     if devices is not None:
         data["devices"] = devices
     try:
-        return Hardware.model_validate_json(json.dumps(data), strict=True)
+        return Hardware.model_validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
         lines = complaints(Hardware, error, lambda _: str(path))
         raise ValueError("\n".join(lines)) from None

@@ -313,3 +313,14 @@ def test_a_worker_that_hangs_is_told_of(
     python = stand_in("__import__('time').sleep(60)")
     found = compare_engine("vllm", {"a": Source("a")}, CASES[:1], SETTINGS, python=python)
     assert found.absent == "the worker said nothing for 0.05 minutes"
+
+
+def test_a_worker_that_hung_is_not_asked_again(
+    stand_in: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its late answer would be taken for that to another question."""
+    monkeypatch.setattr(engine_process, "SILENCE_SECONDS", 3.0)
+    python = stand_in("__import__('time').sleep(4 if turn else 0)\n        " + ANSWER)
+    found = compare_engine("vllm", {"b": Source("b")}, CASES[:1], SETTINGS, python=python)
+    assert found.absent == "the worker said nothing for 0.05 minutes"
+    assert "device_bytes" not in found.facts["b"]

@@ -8,10 +8,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 import evaluators.perplexity
-from evaluators.perplexity import perplexity, window_losses, windows
+from evaluators.perplexity import perplexity, perplexity_of, window_losses
 
 Factory = Callable[..., LlamaForCausalLM]
 IDS = torch.randint(3, 128, (45,), generator=torch.Generator().manual_seed(1))
+WINDOWS = IDS[:44].view(4, 11)
 
 
 def _hand_losses(model: torch.nn.Module, windows_NL: torch.Tensor) -> list[float]:
@@ -34,13 +35,11 @@ def test_equals_a_hand_loop(
 ) -> None:
     monkeypatch.setattr(evaluators.perplexity, "_LOGIT_ENTRIES", entries)
     model = tiny_llama().double()
-    windows_NL = windows(IDS, 11)
     with torch.no_grad():
-        expected = _hand_losses(model, windows_NL)
-    assert windows_NL.shape == (4, 11)
-    assert window_losses(model, windows_NL, batch_size).tolist() == pytest.approx(expected, 1e-12)
+        expected = _hand_losses(model, WINDOWS)
+    assert window_losses(model, WINDOWS, batch_size).tolist() == pytest.approx(expected, 1e-12)
 
-    metric = perplexity(model, windows_NL, batch_size)
+    metric = perplexity(model, WINDOWS, batch_size)
     mean = sum(expected) / 4
     spread = math.sqrt(sum((loss - mean) ** 2 for loss in expected) / 3)
     assert metric.value == pytest.approx(math.exp(mean), rel=1e-12)
@@ -59,28 +58,23 @@ def test_stderr_matches_the_spread_of_repeated_samples(tiny_llama: Factory) -> N
 
 
 def test_one_window_has_no_standard_error(tiny_llama: Factory) -> None:
-    assert perplexity(tiny_llama(), windows(IDS, 45)).stderr is None
+    assert perplexity(tiny_llama(), IDS[None]).stderr is None
 
 
 def test_low_precision_logits_are_widened(tiny_llama: Factory) -> None:
     model = tiny_llama().to(torch.bfloat16)
-    losses = window_losses(model, windows(IDS, 11))
+    losses = window_losses(model, WINDOWS)
     with torch.no_grad():
-        logits = model(input_ids=windows(IDS, 11)).logits.double()
-    picked = logits.log_softmax(-1)[:, :-1].gather(2, windows(IDS, 11)[:, 1:, None])[..., 0]
+        logits = model(input_ids=WINDOWS).logits.double()
+    picked = logits.log_softmax(-1)[:, :-1].gather(2, WINDOWS[:, 1:, None])[..., 0]
     assert losses.tolist() == pytest.approx((-picked.mean(dim=1)).tolist(), rel=1e-5)
 
 
-def test_windows_drop_the_tail() -> None:
-    assert windows(torch.arange(7), 3).tolist() == [[0, 1, 2], [3, 4, 5]]
-
-
-def test_too_short_a_text_is_refused() -> None:
-    with pytest.raises(ValueError, match="got 7 tokens, need at least 8"):
-        windows(torch.arange(7), 8)
+def test_a_loss_too_large_for_a_perplexity() -> None:
+    assert perplexity_of(torch.tensor([700.0, 800.0], dtype=torch.float64)).value == math.inf
 
 
 def test_training_mode_is_restored(tiny_llama: Factory) -> None:
     model = tiny_llama().train()
-    window_losses(model, windows(IDS, 11))
+    window_losses(model, WINDOWS)
     assert model.training

@@ -111,6 +111,7 @@ def write(tmp_path: Path) -> Write:
         ("recipe: bset", "recipe: got 'bset'; allowed: best, flap, self_pruner, wanda_sp"),
         ("model: n", "line 2: key model given twice"),
         ("search: [", "line 2"),
+        ("seed: 2024-13-45", "not valid YAML: month must be in 1..12"),
         ("search: 3", "search: got 3"),
         ("1: 2", "got the key 1"),
     ],

@@ -229,6 +229,23 @@ def test_hub_names_carry_config_and_split(monkeypatch: pytest.MonkeyPatch) -> No
     assert seen == [("a/b", "en", "test"), ("a/b", None, "train")]
 
 
+def test_a_row_without_text_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = [{"text": "one"}, {"text": None}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    with pytest.raises(ValueError, match="row 1: want a text under 'text', got NoneType"):
+        load_documents("hub:a/b", None)
+
+
+def test_a_line_may_hold_what_unicode_calls_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    texts = ["one\u2028two", "three\u0085four"]
+    lines = [json.dumps({"text": x}, ensure_ascii=False) for x in texts]
+    path.write_text("\r\n".join(lines), encoding="utf-8", newline="")
+    assert sorted(load_documents(str(path), None)) == sorted(texts)
+
+
 def test_passages_are_there_and_are_enough() -> None:
     documents = load_documents("passages", None)
     assert len(documents) > 1500

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from agent.settings import DriverSettings
@@ -25,6 +27,23 @@ def test_what_is_not_there_is_refused(settings: dict[str, str], message: str) ->
         with pytest.raises(ValueError, match=message) as refusal:
             check_drivers(DriverSettings.model_validate(chain).chain)
         assert "\n" not in str(refusal.value)
+
+
+def test_what_could_not_be_called_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refusal(**settings: str) -> str:
+        with pytest.raises(ValueError, match=r"driver\.|llm\.jsonl") as caught:
+            check_drivers(DriverSettings.model_validate(settings).chain)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "driver.base_url" in refusal(kind="api", base_url="http://h\x00st/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", "two words")
+    assert "more than a key's characters" in refusal(kind="api", base_url="http://host/v1")
+    recording = tmp_path / "llm.jsonl"
+    recording.write_text("[]\n{}\n")
+    assert "line 1: not a call" in refusal(kind="replay", recording=str(recording))
 
 
 def test_only_a_search_that_asks_needs_its_driver() -> None:

@@ -87,6 +87,22 @@ def test_hf_is_a_copy(run: RunFolder, tmp_path: Path) -> None:
     assert copied == {x.name: x.read_bytes() for x in run.model.iterdir()}
 
 
+def test_a_stopped_export_leaves_nothing_in_the_way(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise OSError("the disk is full")
+
+    out = tmp_path / "half"
+    command = ("--to", "hf", "--dtype", "f16", "--out", out)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copyfile", stopped)
+        assert selfpruner(run, *command).exit_code != 0
+    assert not out.exists()
+    assert selfpruner(run, *command).exit_code == 0
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_hf_in_another_type(run: RunFolder, tmp_path: Path) -> None:
     out = tmp_path / "half"
     assert selfpruner(run, "--to", "hf", "--dtype", "f16", "--out", out).exit_code == 0

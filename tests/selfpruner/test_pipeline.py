@@ -125,8 +125,11 @@ def test_a_disk_without_room_is_refused_before_the_work(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     config = load_config(CONFIGS / "demo.yaml", settings=SMALL)
-    folder = RunFolder.create(tmp_path / "run", config)
+    RunFolder.create(tmp_path / "run", config).write_text("candidates.jsonl", "{}\n")
+    folder = RunFolder.create(tmp_path / "run", config, replace=True)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 10**6))
     with Progress() as progress, pytest.raises(ValueError, match="1 MB are free") as refusal:
         pipeline.compress(config, folder, progress)
     assert "\n" not in str(refusal.value)
+    folder.remove_if_unused()  # as the command does
+    assert folder.candidates.is_file()

@@ -55,6 +55,42 @@ def test_replace_starts_afresh(folder: RunFolder) -> None:
     assert not any(folder.path.parent.iterdir())
 
 
+def test_a_stop_while_it_is_made_leaves_what_was_there(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.write_text("candidates.jsonl", "{}\n")
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("selfpruner.run_folder.environment", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            RunFolder.create(folder.path, CONFIG, replace=True)
+    assert folder.candidates.read_text("utf-8") == "{}\n"
+    assert [x.name for x in folder.path.parent.iterdir()] == [folder.path.name]
+
+
+def test_what_was_killed_while_it_was_made_gives_way(folder: RunFolder) -> None:
+    folder.config.unlink()
+    (folder / ".config.yaml.1.tmp").touch()
+    assert is_run_folder(RunFolder.begun(folder.path, CONFIG).path)
+    folder.write_text("candidates.jsonl", "{}\n")
+    again = RunFolder.create(folder.path, CONFIG, replace=True)
+    again.config.unlink()
+    with pytest.raises(ValueError, match="--replace removes it"):  # what was replaced is back
+        RunFolder.create(folder.path, CONFIG)
+    assert folder.candidates.read_text("utf-8") == "{}\n"
+
+
+def test_what_a_run_replaces_counts_as_free(folder: RunFolder) -> None:
+    folder.write_text("candidates.jsonl", "x" * 5000)
+    again = RunFolder.create(folder.path, CONFIG, replace=True)
+    assert 5000 < again.replaced_bytes < 10_000
+    again.keep()
+    assert again.replaced_bytes == 0
+
+
 def test_replace_removes_nothing_but_run_folders(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
     (tmp_path / "config.yaml").write_text("model: m", encoding="utf-8")

@@ -16,6 +16,7 @@ from agent.drivers import failure
 from agent.drivers.api import ApiDriver
 from agent.drivers.driver import Completion, DriverError, MayRetry, Place, Request
 from agent.drivers.endpoint import MAX_BYTES
+from agent.drivers.vllm import VllmDriver
 from agent.settings import Endpoint, Price
 from tests.agent.drivers.chat_server import (
     GARBAGE,
@@ -70,6 +71,30 @@ def complete_in_vain(driver: ApiDriver, count: int = 1) -> tuple[list[Completion
     with pytest.raises(DriverError) as raised:
         tries.extend(stream)
     return tries, str(raised.value)
+
+
+def test_a_vllm_server_gets_no_key_of_endpoints_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-elsewhere")
+    monkeypatch.setenv("OWN_KEY", "sk-own")
+
+    class Server:  # adopted: somebody else may have started it
+        model_id = "m"
+
+        def __init__(self, url: str) -> None:
+            self.url = url
+
+        def start(self, *_: Any) -> None: ...
+
+        stop = start
+
+    with ChatServer([said("ok")]) as server:
+        for changes in ({}, {"key_variable": "OWN_KEY"}):
+            settings = Endpoint(kind="vllm", timeout=PLENTY, **changes)
+            driver = VllmDriver(settings, Server(server.url), on_wait=lambda _: None)  # type: ignore[arg-type]
+            complete(driver)
+            driver.close()
+    sent = [x.headers["authorization"] for x in server.calls]
+    assert sent == ["Bearer none", "Bearer sk-own"]
 
 
 def test_a_call_says_what_the_request_says() -> None:

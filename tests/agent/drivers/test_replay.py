@@ -73,6 +73,16 @@ def test_replies_are_found_by_place(tmp_path: Path) -> None:
     ]
 
 
+def test_a_resumed_run_is_given_what_is_left(tmp_path: Path) -> None:
+    """The first try failed before the stop and is on file; one of another driver is not given."""
+    tries = [line(0, None), line(0, None, call=1), line(0, "nil", call=2)]
+    recorded(tmp_path / "recorded", *tries)
+    recorded(tmp_path / "run", tries[0], line(1, "of another"))
+    given = tmp_path / "run" / "llm.jsonl"
+    driver = ReplayDriver(tmp_path / "recorded" / "llm.jsonl", given)
+    assert [x.text for x in driver.complete([request(0)], lambda _: True)] == [None, "nil"]
+
+
 def test_a_reply_costs_what_it_did(tmp_path: Path) -> None:
     driver = recorded(tmp_path, line(0, "nil"))
     (done,) = driver.complete([request(0)], lambda _: True)

@@ -197,6 +197,13 @@ def _start(estimated: Estimating) -> float:
     return seconds(found, "load", "calibrate", "rank, correct")
 
 
+def test_a_date_in_a_file_of_hardware_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\ndevices: 2026-11-25\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"devices: got '2026-11-25'"):
+        load_hardware(str(path))
+
+
 def test_each_worker_has_a_device(estimated: Estimating) -> None:
     with pytest.raises(ValueError, match=r"^--workers: got 3; allowed: up to 2, one a device"):
         estimated(hardware="h200", devices=2, workers=3)
