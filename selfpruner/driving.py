@@ -83,9 +83,10 @@ def _embedded(bench: Workbench, settings: Endpoint) -> Driver:
 
 
 def _api(settings: Endpoint) -> Driver:
-    from agent.drivers.api import ApiDriver
+    from agent.drivers.api import ApiDriver, key_of
 
-    return ApiDriver(settings, base_url=str(settings.base_url), model=settings.model)
+    address, key = str(settings.base_url), key_of(settings)
+    return ApiDriver(settings, base_url=address, model=settings.model, key=key)
 
 
 def _replay(settings: Endpoint, given: Path | None = None) -> Driver:

@@ -38,18 +38,11 @@ class ApiDriver:
     """
 
     def __init__(
-        self, settings: Endpoint, *, base_url: str, model: str | None, has_key: bool = True
+        self, settings: Endpoint, *, base_url: str, model: str | None, key: str = ""
     ) -> None:
-        """Take the address and the endpoint's name of the model, None for the first it lists.
-
-        The key comes from the environment variable `settings.key_variable`, if it is set and
-        `has_key`.
-
-        Raises:
-            ValueError: what the variable holds cannot be a key.
-        """
+        """Take the address, the endpoint's name of the model (None: the first listed) and a key."""
         self._settings = settings
-        self._key = key_of(settings) if has_key else ""
+        self._key = key
         self._model = model
         self._adaptation = Adaptation.begin(settings.structured)
         self._loop = asyncio.new_event_loop()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from agent.drivers.api import ApiDriver
+from agent.drivers.api import ApiDriver, key_of
 from agent.drivers.vllm_server import VllmServer
 from agent.settings import Endpoint
 
@@ -25,7 +25,8 @@ class VllmDriver(ApiDriver):
         self._server = server
         # The variable that is not named is that of endpoints elsewhere: no key for this server.
         is_named = settings.key_variable != Endpoint.model_fields["key_variable"].default
-        super().__init__(settings, base_url=server.url, model=server.model_id, has_key=is_named)
+        key = key_of(settings) if is_named else ""
+        super().__init__(settings, base_url=server.url, model=server.model_id, key=key)
 
     def close(self) -> None:
         """Close the connections and stop the server."""

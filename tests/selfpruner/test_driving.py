@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from agent.drivers.driver import Place, Request
 from agent.settings import DriverSettings
 from selfpruner.config import CONFIGS, load_config
-from selfpruner.driving import check_drivers
+from selfpruner.driving import check_drivers, open_driver
 from selfpruner.searching import check_words_and_drivers
+from tests.agent.drivers.chat_server import ChatServer, said
 
 DEMO = CONFIGS / "demo.yaml"
 
@@ -93,3 +96,19 @@ def test_a_stored_configuration_names_the_variable_and_no_key(
     text = load_config(DEMO, settings=settings).to_yaml()
     assert "SOME_KEY" in text
     assert "sk-secret" not in text
+
+
+def test_an_endpoint_gets_the_key_in_the_variable_that_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SOME_KEY", "sk-secret")
+    message = {"role": "user", "content": "Hi!"}
+    request = Request(Place(0, 0, "generate", 0), (message,), {"type": "object"}, 16, 0.5, 7)
+    unused = cast("Any", None)  # of drivers that compute here
+    with ChatServer([said("ok")]) as server:
+        settings = {"kind": "api", "base_url": server.url, "key_variable": "SOME_KEY", "model": "m"}
+        chain = DriverSettings.model_validate(settings).chain
+        driver = open_driver(unused, chain, unused, unused)
+        list(driver.complete([request], lambda _: True))
+        driver.close()
+    assert [x.headers["authorization"] for x in server.calls] == ["Bearer sk-secret"]

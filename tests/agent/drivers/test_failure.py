@@ -19,7 +19,7 @@ import pytest
 from tenacity import Future, RetryCallState, wait_none
 
 from agent.drivers import failure
-from agent.drivers.api import ApiDriver
+from agent.drivers.api import ApiDriver, key_of
 from agent.drivers.driver import Completion, DriverError, Place, Request
 from agent.drivers.failure import CallError, failure_of, retry_after, wait_seconds
 from agent.graph import SearchResult, run_search
@@ -163,7 +163,7 @@ def driver_of(server: ChatServer, variable: str, model: str | None = "m") -> Api
     settings = Endpoint(
         kind="api", base_url=server.url, key_variable=variable, tries=3, timeout=5.0
     )
-    return ApiDriver(settings, base_url=server.url, model=model)
+    return ApiDriver(settings, base_url=server.url, model=model, key=key_of(settings))
 
 
 def outcome(driver: ApiDriver) -> tuple[list[Completion], BaseException | None]:
@@ -252,7 +252,7 @@ def test_what_errors_would_quote_is_refused_without_being_told(
     monkeypatch.setenv("FAKE_KEY", KEY + wrong + KEY)
     settings = Endpoint(kind="api", base_url="http://127.0.0.1/v1", key_variable="FAKE_KEY")
     with pytest.raises(ValueError, match=r"driver\.key_variable: FAKE_KEY holds") as raised:
-        ApiDriver(settings, base_url=str(settings.base_url), model="m")
+        key_of(settings)
     assert KEY not in repr(raised.value)
 
 
