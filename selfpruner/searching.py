@@ -94,7 +94,7 @@ def _context(
         grid=bench.grid,
         budget=bench.budget,
         score=arena.score,
-        sequences=_meeting_order(arena.score.num_sequences, config.seed),
+        sequences=meeting_order(arena.score.num_sequences, config.seed),
         sensitivity=arena.errors,
         assess=arena.assess,
         driver=open_driver(bench, config.driver.chain, folder, progress) if asks else None,
@@ -111,7 +111,7 @@ def _context(
     )
 
 
-def _meeting_order(num_sequences: int, seed: int) -> tuple[int, ...]:
+def meeting_order(num_sequences: int, seed: int) -> tuple[int, ...]:
     """Return the sequences in the order in which plans meet them.
 
     Sequences that follow one another are of one document; the first ones shall speak for all.
