@@ -65,7 +65,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     settle_process()
-    scene = cache(lambda: Scene(_bench(options.data_root)))
+    scene = cache(lambda: Scene(bench_of(options.data_root)))
     texts = "passages" if options.data_root is None else "c4"
     rows: list[Row] = []
     for number in range(options.generations):
@@ -106,7 +106,8 @@ class Scene:
         return self.fitness.of(elastic)
 
 
-def _bench(root: str | None) -> Workbench:
+def bench_of(root: str | None) -> Workbench:
+    """Return the demo model with 8,192 search tokens of the passages, or of C4 in a folder."""
     source = "passages" if root is None else "c4"
     config = RunConfig.model_validate(
         {
