@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from agent import allocators
-from evaluators.perplexity import window_losses
 from pruning.elastic import ElasticModel
 from pruning.elastic_layer import Recipe
 from pruning.plan import Plan
@@ -27,6 +26,7 @@ from pruning.refit import refit
 from pruning.slicing import sliced
 from selfpruner.cells import Cell, Row, run_cells
 from selfpruner.config import RunConfig
+from selfpruner.judge import text_losses
 from selfpruner.progress import Progress
 from selfpruner.workbench import Workbench, prepare, settle_process
 
@@ -133,7 +133,7 @@ def _figures(cell: Cell, bench: Workbench, elastic: ElasticModel, plan: Plan) ->
 def report_losses(bench: Workbench, model: nn.Module) -> list[float]:
     """Return the mean negative log-likelihood of every report window."""
     (windows,) = bench.texts.report.values()
-    losses: list[float] = window_losses(model, windows, batch_size=4).tolist()
+    losses: list[float] = text_losses(model, bench.family, windows, batch_size=4).tolist()
     return losses
 
 

@@ -7,8 +7,9 @@ The default recipe beside the published ones and beside uniform plans under its 
 refit: calibration 32,768 tokens, searches at the price of 40 evaluations on 4,096 tokens (80 of
 the default on windows of 2,048), report 32,768 tokens at length 512. Without a data folder all
 text is the packaged passages, disjoint documents; with one it is C4, and for the report the
-WikiText-2 test text. For models too large for that: `--scale` is the share of all tokens and
-evaluations, `--streamed` keeps one layer in memory (not wanda_sp, which ranks sequentially).
+WikiText-2 test text. For models too large for that: `--scale` is the share of evaluations and of
+tokens, but for those of the Fisher matrices and of self_pruner's search; `--streamed` keeps one
+layer in memory, for the rows that neither rank sequentially nor are driven by the pruned model.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 from agent.settings import DriverSettings, SearchSettings
 from benchmarks.backend import report_losses
@@ -30,6 +31,7 @@ from evaluators.significance import mean_interval
 from selfpruner.arena import Arena
 from selfpruner.cells import Cell, Row, run_cells
 from selfpruner.config import BudgetSettings, RunConfig, load_config
+from selfpruner.environment import device_name
 from selfpruner.experiment import digest_of
 from selfpruner.finishing import best_on_fresh_tokens, finish
 from selfpruner.progress import Progress
@@ -61,6 +63,7 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
 
 _NOWHERE = {"root": None}
 STREAMED = {"memory": "streamed", "data.choices": 0}
+STREAMABLE = (DEFAULT, *UNIFORM, "flap", WANDA[0])
 
 # What the default may have of the perplexity of the best of these rows.
 TARGETS = {("flap",): 0.5, UNIFORM: 0.75, ("self_pruner",): 0.5, WANDA: 1.0}
@@ -72,7 +75,7 @@ def main() -> None:
     parser.add_argument("--data-root", default=None)
     parser.add_argument("--model", default=None)
     parser.add_argument("--shares", type=float, nargs="+", choices=SHARES, default=SHARES)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="the default too")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="the default too; by default all")
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--streamed", action="store_true")
     options = parser.parse_args()
@@ -89,19 +92,45 @@ def main() -> None:
         for (row, share), config in configs.items()
     ]
     progress = Progress()
-    with ExitStack() as stack:
-
-        @lru_cache(1)
-        def arena(text: str) -> Arena:
-            folder = Path(stack.enter_context(TemporaryDirectory()))  # what is streamed goes there
-            return _arena(RunConfig.model_validate_json(text), folder, progress)
+    with Arenas(progress) as arenas:
 
         def figures(cell: Cell) -> dict[str, Any]:
             progress.note(f"cell: {cell['row']}, {cell['share']}")
             config = configs[cell["row"], cell["share"]]
-            return _figures(arena(_shared(config)).proposing(config), progress)
+            arena, dense = arenas.of(_shared(config))
+            return _figures(arena.proposing(config), dense, progress)
 
         print(_table(run_cells(RESULTS, cells, figures)))
+
+
+class Arenas:
+    """One ranked model at a time, with what the dense one loses on the report text."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._folder = progress, ExitStack()
+        self._open: dict[str, tuple[Arena, list[float]]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def of(self, text: str) -> tuple[Arena, list[float]]:
+        """Return those of a configuration in JSON; another one is closed before."""
+        if text not in self._open:
+            self._close()
+            # What is streamed goes there.
+            path = Path(self._folder.enter_context(TemporaryDirectory()))
+            config = RunConfig.model_validate_json(text)
+            folder = RunFolder.create(path, config)
+            arena = Arena.open(prepare(config, self._progress, folder), folder, self._progress)
+            self._open[text] = arena, report_losses(arena.bench, arena.bench.model)
+        return self._open[text]
+
+    def _close(self) -> None:
+        self._open.clear()
+        self._folder.close()
 
 
 def _digest(config: RunConfig) -> str:
@@ -112,10 +141,10 @@ def _digest(config: RunConfig) -> str:
 def _configs(options: argparse.Namespace) -> dict[tuple[str, float], RunConfig]:
     """Return the configuration of every row and share that is asked for."""
     make = partial(_config, model=options.model, root=options.data_root)
-    own = STREAMED if options.streamed else {}
+    own, possible = (STREAMED, STREAMABLE) if options.streamed else ({}, ROWS)
     return {
         (row, share): _scaled(make, {**ROWS[row], **own, "budget.parameters": share}, options.scale)
-        for row in dict.fromkeys((DEFAULT, *options.rows))
+        for row in dict.fromkeys((DEFAULT, *(options.rows or possible)))
         for share in options.shares
     }
 
@@ -159,12 +188,7 @@ def _shared(config: RunConfig) -> str:
     return config.model_copy(update=same).model_dump_json()
 
 
-def _arena(config: RunConfig, path: Path, progress: Progress) -> Arena:
-    folder = RunFolder.create(path, config)
-    return Arena.open(prepare(config, progress, folder), folder, progress)
-
-
-def _figures(arena: Arena, progress: Progress) -> dict[str, Any]:
+def _figures(arena: Arena, dense: Sequence[float], progress: Progress) -> dict[str, Any]:
     """Return what the recipe leaves of the model, judged on the report text."""
     bench = arena.bench
     with TemporaryDirectory() as name:
@@ -173,7 +197,7 @@ def _figures(arena: Arena, progress: Progress) -> dict[str, Any]:
     plan = best_on_fresh_tokens(found, arena.selection)[0].plan
     finished = finish(bench, arena.prunable, {DEFAULT: plan}, arena.selection, progress)
     model, refit = finished[DEFAULT]
-    losses, dense = (report_losses(bench, x) for x in (model, bench.model))
+    losses = report_losses(bench, model)
     return {
         "perplexity": math.exp(statistics.fmean(losses)),
         "dense": math.exp(statistics.fmean(dense)),
@@ -182,6 +206,7 @@ def _figures(arena: Arena, progress: Progress) -> dict[str, Any]:
         "evaluations": found.equivalents,
         "refit_kept": refit is not None and refit.kept,
         "search_seconds": round(found.seconds, 1),
+        "machine": device_name(bench.family.head(bench.model).device),
         "losses": [round(x, 6) for x in losses],
         "plan": plan.to_json(),
     }
@@ -204,6 +229,8 @@ def _table(rows: list[Row]) -> str:
         ),
         f"dense {rows[0]['figures']['dense']:.2f}",
     ]
+    if len(machines := {x["figures"]["machine"] for x in rows}) > 1:
+        lines.append("rows are of different machines: " + ", ".join(sorted(machines)))
     for share in shares:
         for rivals, most in TARGETS.items():
             asked = [name for name in rivals if name in names]

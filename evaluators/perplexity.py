@@ -18,26 +18,12 @@ from evaluators.metric import Metric
 _LOGIT_ENTRIES = 16 * 2**20
 
 
-def perplexity(
-    model: nn.Module, windows_NL: Tensor, batch_size: int = 1, name: str = "perplexity"
-) -> Metric:
-    """Perplexity of a causal language model on windows of equal length.
-
-    `value = exp(m)`, `m` the mean over windows of the mean cross-entropy of the L - 1 predicted
-    tokens; `stderr = value * sd / sqrt(N)` (delta method, windows taken as independent).
-
-    Args:
-        model: Takes token ids (B, L) and returns an object with `logits` (B, L, V).
-        windows_NL: Token ids, shape (N, L).
-        batch_size: Windows a forward pass; keep it equal across compared models, because low
-            precision results depend on it.
-        name: Name of the metric, e.g. that of the text.
-    """
-    return perplexity_of(window_losses(model, windows_NL, batch_size), name)
-
-
 def perplexity_of(losses_N: Tensor, name: str = "perplexity") -> Metric:
-    """Perplexity from the mean cross-entropy in nats of every window, shape (N,)."""
+    """Perplexity from the mean cross-entropy in nats of every window, shape (N,).
+
+    `value = exp(m)`, `m` the mean over windows; `stderr = value * sd / sqrt(N)` (delta method,
+    windows taken as independent), None for one window.
+    """
     count = len(losses_N)
     try:
         value = math.exp(float(losses_N.mean()))
@@ -49,7 +35,17 @@ def perplexity_of(losses_N: Tensor, name: str = "perplexity") -> Metric:
 
 @torch.inference_mode()
 def window_losses(model: nn.Module, windows_NL: Tensor, batch_size: int = 1) -> Tensor:
-    """Mean cross-entropy in nats of every window, shape (N,), float64 on the CPU."""
+    """Mean cross-entropy in nats of the L - 1 predicted tokens of every window, shape (N,).
+
+    Args:
+        model: Takes token ids (B, L) and returns an object with `logits` (B, L, V).
+        windows_NL: Token ids, shape (N, L).
+        batch_size: Windows a forward pass; keep it equal across compared models, because low
+            precision results depend on it.
+
+    Returns:
+        In float64 on the CPU.
+    """
     if windows_NL.ndim != 2 or windows_NL.shape[1] < 2 or batch_size < 1:
         raise ValueError(
             f"perplexity: got windows of shape {tuple(windows_NL.shape)} and batch size "

@@ -11,8 +11,7 @@ from agent.drivers.decoding import Row, decode
 from agent.drivers.embedded import stop_tokens
 from evaluators.latency import compare_latency
 from evaluators.memory import parameter_count, weight_bytes
-from evaluators.metric import Metric
-from evaluators.perplexity import losses_of, perplexity, perplexity_of
+from evaluators.perplexity import losses_of, perplexity_of, window_losses
 from evaluators.significance import compare
 from evaluators.tasks import MEAN_METRICS, TaskScore, evaluate_tasks, mean_accuracy
 from pruning.families import Family
@@ -37,19 +36,19 @@ def perplexities(
     model: nn.Module, family: Family, texts: Mapping[str, Tensor], batch_size: int
 ) -> dict[str, float]:
     """Return the perplexity of each reported text (windows (n, length))."""
-    judged = (
-        (name, _streamed_perplexity(model, family, windows.split(batch_size)))
-        if is_streamed(model)
-        else (name, perplexity(model, windows, batch_size, name))
-        for name, windows in texts.items()
-    )
-    return {name: float(metric.value) for name, metric in judged}
+    losses = {name: text_losses(model, family, x, batch_size) for name, x in texts.items()}
+    return {name: float(perplexity_of(x, name).value) for name, x in losses.items()}
 
 
-def _streamed_perplexity(model: nn.Module, family: Family, batches: Sequence[Tensor]) -> Metric:
-    """Return what `perplexity` does, with every layer read once for all batches."""
-    batches = [x.to(family.head(model).device) for x in batches]
-    return perplexity_of(losses_of(batch_logits(model, family, batches), batches))
+def text_losses(model: nn.Module, family: Family, windows_NL: Tensor, batch_size: int) -> Tensor:
+    """Return the mean cross-entropy in nats of every window, shape (N,).
+
+    Layers of a streamed model are read once for all windows.
+    """
+    if not is_streamed(model):
+        return window_losses(model, windows_NL, batch_size)
+    batches = [x.to(family.head(model).device) for x in windows_NL.split(batch_size)]
+    return losses_of(batch_logits(model, family, batches), batches)
 
 
 def tasks(

@@ -14,7 +14,7 @@ from selfpruner.config import RunConfig
 def _row(name: str, share: float, losses: list[float]) -> Row:
     mean = sum(losses) / len(losses)
     figures = {"perplexity": math.exp(mean), "dense": math.exp(1.0), "losses": losses}
-    return {"cell": {"row": name, "share": share}, "figures": figures}
+    return {"cell": {"row": name, "share": share}, "figures": figures | {"machine": "one"}}
 
 
 def test_the_better_rival_counts_and_intervals_are_paired() -> None:
@@ -36,6 +36,13 @@ def test_rows_that_were_not_asked_for_are_left_out() -> None:
     assert [x.split(" |")[0] for x in lines[2:4]] == [f"| {recipes.DEFAULT}", "| flap"]
     assert len(lines) == 6
     assert lines[-1].endswith("missed) of flap")
+
+
+def test_rows_of_different_machines_are_said_to_be() -> None:
+    rows = [_row(recipes.DEFAULT, 0.5, [3.0, 3.5]), _row("flap", 0.5, [3.0, 3.25])]
+    assert "machines" not in recipes._table(rows)
+    rows[1]["figures"]["machine"] = "another"
+    assert "rows are of different machines: another, one" in recipes._table(rows).splitlines()
 
 
 @pytest.mark.parametrize("row", list(recipes.ROWS))
@@ -72,9 +79,13 @@ def test_a_cell_knows_its_settings_and_not_where_the_data_lies() -> None:
     assert one == two != recipes._digest(other)
 
 
-@pytest.mark.parametrize("row", ["best", "flap", *recipes.UNIFORM])
+@pytest.mark.parametrize("row", list(recipes.ROWS))
 def test_rows_share_one_arena_that_may_be_streamed(row: str) -> None:
     settings = recipes.ROWS[row] | recipes.STREAMED | {"budget.parameters": 0.5}
+    if row not in recipes.STREAMABLE:
+        with pytest.raises(ValueError, match="streamed"):
+            recipes._config(settings)
+        return
     shared = RunConfig.model_validate_json(recipes._shared(recipes._config(settings)))
     assert shared.memory == "streamed"
     assert not shared.search.asks_llm

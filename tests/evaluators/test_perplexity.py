@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import evaluators.perplexity
-from evaluators.perplexity import perplexity, perplexity_of, window_losses
+from evaluators.perplexity import perplexity_of, window_losses
 
 Factory = Callable[..., LlamaForCausalLM]
 IDS = torch.randint(3, 128, (45,), generator=torch.Generator().manual_seed(1))
@@ -39,7 +39,7 @@ def test_equals_a_hand_loop(
         expected = _hand_losses(model, WINDOWS)
     assert window_losses(model, WINDOWS, batch_size).tolist() == pytest.approx(expected, 1e-12)
 
-    metric = perplexity(model, WINDOWS, batch_size)
+    metric = perplexity_of(window_losses(model, WINDOWS, batch_size))
     mean = sum(expected) / 4
     spread = math.sqrt(sum((loss - mean) ** 2 for loss in expected) / 3)
     assert metric.value == pytest.approx(math.exp(mean), rel=1e-12)
@@ -51,14 +51,14 @@ def test_stderr_matches_the_spread_of_repeated_samples(tiny_llama: Factory) -> N
     model = tiny_llama(seed=3)
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(3, 128, (100 * 20, 12), generator=generator)
-    results = [perplexity(model, chunk, batch_size=20) for chunk in ids.split(20)]
+    results = [perplexity_of(window_losses(model, chunk, batch_size=20)) for chunk in ids.split(20)]
     values = torch.tensor([result.value for result in results])
     claimed = torch.tensor([result.stderr or math.nan for result in results]).mean()
     assert float(claimed / values.std()) == pytest.approx(1.0, abs=0.25)
 
 
 def test_one_window_has_no_standard_error(tiny_llama: Factory) -> None:
-    assert perplexity(tiny_llama(), IDS[None]).stderr is None
+    assert perplexity_of(window_losses(tiny_llama(), IDS[None])).stderr is None
 
 
 def test_low_precision_logits_are_widened(tiny_llama: Factory) -> None:
