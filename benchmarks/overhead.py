@@ -79,7 +79,13 @@ def _without_seconds(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _context(config: RunConfig, folder: RunFolder, recorded: Ledger, path: Path) -> SearchContext:
-    """Return the search of the run with a recorded driver, recorded scores and slopes."""
+    """Return the search of the run with a recorded driver, recorded scores and slopes.
+
+    Raises:
+        ValueError: it began with a plan made of what is not on file.
+    """
+    if unknown := {"owl", "flap_global"} & {config.search.allocator, *config.search.starts}:
+        raise ValueError(f"{folder}: what {', '.join(sorted(unknown))} asks of layers is not kept")
     architecture = architecture_of(config.model, trust_remote_code=config.trust_remote_code)
     grid, table = grid_of(config, architecture), stored_table(folder)
     if table is not None and config.weighs_latency:

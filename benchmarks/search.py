@@ -42,6 +42,7 @@ def main() -> None:
     for budget in dict.fromkeys(x["cell"]["budget"] for x in study.rows):
         rows = [x for x in study.rows if x["cell"]["budget"] == budget]
         print(f"\n{budget}\n\n{_against(replace(study, rows=rows), default)}")
+    print(f"\nall budgets\n\n{_overall(study, default)}")
 
 
 def _default() -> str:
@@ -53,8 +54,8 @@ def _default() -> str:
 def _against(study: Study, default: str) -> str:
     """Return every arm beside the default: paired difference, its error, and the targets."""
     lines = [
-        f"| arm | fresh KL | minus {default}, paired | sooner than {RIVAL} |",
-        "|---|---:|---:|---:|",
+        f"| arm | pairs | fresh KL | minus {default}, paired | sooner than {RIVAL} |",
+        "|---|---:|---:|---:|---:|",
     ]
     better = []
     ours = study.values(default)
@@ -62,7 +63,8 @@ def _against(study: Study, default: str) -> str:
         return f"no cell of {default} is finished"
     for arm in study.arms:
         values = study.values(arm)
-        gaps = [values[unit] - ours[unit] for unit in values if unit in ours]
+        common = [unit for unit in values if unit in ours]
+        gaps = [values[unit] - ours[unit] for unit in common]
         if not gaps:
             continue
         mean, error = statistics.fmean(gaps), _standard_error(gaps)
@@ -70,7 +72,8 @@ def _against(study: Study, default: str) -> str:
             better.append(arm)
         sooner = study.sooner(arm, RIVAL)
         lines.append(
-            f"| {arm} | {statistics.fmean(values.values()):.4f} | {mean:+.4f} ± {error:.4f} | "
+            f"| {arm} | {len(common)} | {statistics.fmean(values[x] for x in common):.4f} | "
+            f"{mean:+.4f} ± {error:.4f} | "
             f"{'' if sooner is None else f'{sooner:.2f}x'} |"
         )
     found = study.sooner(default, RIVAL)
@@ -80,6 +83,21 @@ def _against(study: Study, default: str) -> str:
         f"{default} sooner than {RIVAL}: {'never' if found is None else f'{found:.2f}x'}, "
         f"target {SOONER}x",
     ]
+    return "\n".join(lines)
+
+
+def _overall(study: Study, default: str) -> str:
+    """Return every arm beside the default over all pairs; intervals are over seeds."""
+    lines = [
+        f"| arm | pairs | minus {default}, paired | 95 % interval | adjusted p |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for found in study.comparisons(default):
+        low, high = found.interval or (math.nan, math.nan)
+        lines.append(
+            f"| {found.arm} | {found.units} | {found.mean:+.4f} | {low:+.4f} to {high:+.4f} | "
+            f"{found.p_holm:.3f} |"
+        )
     return "\n".join(lines)
 
 
