@@ -95,11 +95,14 @@ def compress(
     setting: _Setting = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/CONFIG by default.")] = None,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Remove an earlier run first.")
+        bool, typer.Option("--replace", help="Take the place of an earlier run, which is removed.")
     ] = False,
     pick: Annotated[
         str | None,
-        typer.Option(help="Plan of the front to finish: budget, knee, fastest or most-accurate."),
+        typer.Option(
+            help="Plan to finish where front.targets are set: budget, knee, fastest or "
+            "most-accurate."
+        ),
     ] = None,
     full: _Full = False,
     workers: _Workers = "1",
@@ -130,7 +133,7 @@ def resume(
     """Go on with a run that was stopped or killed.
 
     Scored plans and the LLM's replies are kept; the ranking, the refit and the judging are done
-    again.
+    again. Give the --workers and --threads that it began with: others may rank otherwise.
     """
     with plain_errors(run, _options(workers, threads)):
         from selfpruner.config import parse_config
@@ -197,7 +200,7 @@ def export(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Where to; RUN/model.gguf by default for the GGUF file of a run."),
+        typer.Option(help="Where to; needed but for the GGUF file of a run: RUN/model.gguf."),
     ] = None,
 ) -> None:
     """Write the pruned model of a run, or any other model, for another engine."""

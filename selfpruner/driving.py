@@ -33,8 +33,9 @@ def check_drivers(chain: Sequence[Endpoint]) -> None:
             _check_endpoint(settings)
         if settings.kind == "replay":
             _replay(settings)
-        if settings.kind == "vllm" and not shutil.which(settings.python or "vllm"):
-            wanted = settings.python or "vllm"
+        # Where a port is named a server may be there, which needs no program here.
+        wanted = settings.python or "vllm"
+        if settings.kind == "vllm" and settings.port is None and not shutil.which(wanted):
             raise ValueError(
                 f"driver.python: {wanted}: no such program; `make venv-vllm` builds an "
                 "environment with vLLM, driver.python is its interpreter"

@@ -32,6 +32,11 @@ def test_what_is_not_there_is_refused(settings: dict[str, str], message: str) ->
         assert "\n" not in str(refusal.value)
 
 
+def test_a_server_that_may_be_there_needs_no_program() -> None:
+    settings = {"kind": "vllm", "python": "gone/python", "port": 8000}
+    check_drivers(DriverSettings.model_validate(settings).chain)
+
+
 def test_what_could_not_be_called_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

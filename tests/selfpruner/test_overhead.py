@@ -41,3 +41,9 @@ def test_a_search_on_file_comes_again(
     candidates.write_text("\n".join([*others, json.dumps(other)]) + "\n")
     with pytest.raises(RuntimeError, match="candidates differ"):
         replayed(config, folder)
+
+
+def test_a_plan_of_what_is_not_on_file_is_refused(tiny_run: Path, tmp_path: Path) -> None:
+    config = load_config(tiny_run, settings=["search.starts=[owl]"])
+    with pytest.raises(ValueError, match="what owl asks of layers is not kept"):
+        replayed(config, RunFolder.create(tmp_path / "run", config))
