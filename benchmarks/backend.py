@@ -16,22 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from agent import allocators
+from benchmarks.held_out import SHARE, bench_of, paired, report_losses, texts_of
 from pruning.elastic import ElasticModel
 from pruning.elastic_layer import Recipe
 from pruning.plan import Plan
 from pruning.refit import refit
 from pruning.slicing import sliced
 from selfpruner.cells import Cell, Row, run_cells
-from selfpruner.config import RunConfig
-from selfpruner.judge import text_losses
-from selfpruner.progress import Progress
-from selfpruner.workbench import Workbench, prepare, settle_process
+from selfpruner.workbench import Workbench, settle_process
 
 RESULTS = Path(__file__).parent / "results" / "backend.jsonl"
-SHARE = 0.7
+TOKENS = 65_536
 METRIC = "wifv"
 RIDGE = 0.1
 
@@ -43,13 +40,12 @@ def main() -> None:
     root = parser.parse_args().data_root
     torch.manual_seed(0)
     settle_process()
-    texts = "passages" if root is None else "c4, wikitext2"
     cells = [
-        {"texts": texts, "share": SHARE, "reconstruction": name, "refit": refitted}
+        {"texts": texts_of(root), "share": SHARE, "reconstruction": name, "refit": refitted}
         for name in ("none", "bias", "least_squares")
         for refitted in (False, True)
     ]
-    bench = cache(lambda: _bench(root))
+    bench = cache(lambda: bench_of(root, TOKENS))
     ranked = cache(lambda name: _ranked(bench(), name))
     plan = cache(lambda: _plan(bench(), ranked("least_squares")))
     dense = cache(lambda: report_losses(bench(), bench().model))
@@ -73,33 +69,11 @@ def _table(rows: list[Row]) -> str:
         cell, losses = row["cell"], row["figures"]["losses"]
         rival = {**cell, "reconstruction": "bias"}
         others = next(x["figures"]["losses"] for x in rows if x["cell"] == rival)
-        gaps = [a - b for a, b in zip(losses, others, strict=True)]
-        error = statistics.stdev(gaps) / math.sqrt(len(gaps))
         lines.append(
             f"| {cell['reconstruction']} | {cell['refit']} | "
-            f"{row['figures']['perplexity']:.2f} | {statistics.fmean(gaps):+.4f} ± {error:.4f} |"
+            f"{row['figures']['perplexity']:.2f} | {paired(losses, others)} |"
         )
     return "\n".join([*lines, f"dense {rows[0]['figures']['dense']:.2f}"])
-
-
-def _bench(root: str | None) -> Workbench:
-    source = "passages" if root is None else "c4"
-    report = "passages" if root is None else "wikitext2"
-    config = RunConfig.model_validate(
-        {
-            "model": "smollm2-135m-instruct",
-            "budget": {"parameters": SHARE},
-            "data": {
-                "root": root,
-                "length": 512,
-                "calibrate": {"source": source, "tokens": 65_536},
-                "search": {"source": source, "tokens": 512},
-                "select": {"source": source, "tokens": 512},
-                "report": [{"source": report, "tokens": 32_768, "length": 512}],
-            },
-        }
-    )
-    return prepare(config, Progress())
 
 
 def _ranked(bench: Workbench, reconstruction: str) -> ElasticModel:
@@ -128,13 +102,6 @@ def _figures(cell: Cell, bench: Workbench, elastic: ElasticModel, plan: Plan) ->
         "report_tokens": sum(x.numel() for x in bench.texts.report.values()),
         "plan": plan.key,
     }
-
-
-def report_losses(bench: Workbench, model: nn.Module) -> list[float]:
-    """Return the mean negative log-likelihood of every report window."""
-    (windows,) = bench.texts.report.values()
-    losses: list[float] = text_losses(model, bench.family, windows, batch_size=4).tolist()
-    return losses
 
 
 if __name__ == "__main__":

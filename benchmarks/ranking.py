@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,7 @@ import torch
 from torch import Tensor
 
 from agent import allocators
-from benchmarks.backend import report_losses
-from pruning.budget import Budget
+from benchmarks.held_out import LENGTH, bench_of, paired, report_losses, texts_of
 from pruning.elastic import ElasticModel
 from pruning.elastic_layer import Recipe
 from pruning.plan import Plan
@@ -32,12 +30,9 @@ from pruning.refit import refit
 from pruning.slicing import sliced
 from pruning.statistics import LayerStatistics, stream_statistics
 from selfpruner.cells import Cell, Row, run_cells
-from selfpruner.config import RunConfig
-from selfpruner.progress import Progress
-from selfpruner.workbench import Workbench, prepare, settle_process
+from selfpruner.workbench import Workbench, settle_process
 
 RESULTS = Path(__file__).parent / "results" / "ranking.jsonl"
-LENGTH = 512
 FEW, USUAL, MANY = 16_384, 65_536, 131_072
 SHARES = (0.7, 0.5)
 BATCH = 8
@@ -82,17 +77,16 @@ def main() -> None:
     root = parser.parse_args().data_root
     torch.manual_seed(0)
     settle_process()
-    texts = "passages" if root is None else "c4, wikitext2"
     names = ("tokens", "metric", "ridge", "share", "refit")
     cells: list[Cell] = [
-        {"texts": texts, **dict(zip(names, row, strict=True))} for row in QUESTIONS
+        {"texts": texts_of(root), **dict(zip(names, row, strict=True))} for row in QUESTIONS
     ]
     cells += [
         dict(zip(names, (tokens, metric, 0.1, 0.7, "none"), strict=True))
-        | {"texts": texts, "plan": plan}
+        | {"texts": texts_of(root), "plan": plan}
         for tokens, metric, plan in UNIFORM_QUESTIONS
     ]
-    bench = cache(lambda: _bench(root))
+    bench = cache(lambda: bench_of(root, MANY))
     measured = lru_cache(1)(lambda tokens: _statistics(bench(), tokens))
 
     @lru_cache(1)
@@ -134,33 +128,12 @@ def _table(rows: list[Row]) -> str:
     for row in sorted(rows, key=place):
         cell, losses = row["cell"], row["figures"]["losses"]
         rival = next(x for x in rows if x["cell"] == {**cell, **before})
-        gaps = [a - b for a, b in zip(losses, rival["figures"]["losses"], strict=True)]
-        error = statistics.stdev(gaps) / math.sqrt(len(gaps))
         lines.append(
             f"| {cell['share']} | {cell.get('plan', 'heuristic')} | {cell['refit']} | "
             f"{cell['tokens']} | {cell['metric']} | {cell['ridge']} | "
-            f"{row['figures']['perplexity']:.2f} | {statistics.fmean(gaps):+.4f} ± {error:.4f} |"
+            f"{row['figures']['perplexity']:.2f} | {paired(losses, rival['figures']['losses'])} |"
         )
     return "\n".join(lines)
-
-
-def _bench(root: str | None) -> Workbench:
-    source = "passages" if root is None else "c4"
-    report = "passages" if root is None else "wikitext2"
-    config = RunConfig.model_validate(
-        {
-            "model": "smollm2-135m-instruct",
-            "data": {
-                "root": root,
-                "length": LENGTH,
-                "calibrate": {"source": source, "tokens": MANY},
-                "search": {"source": source, "tokens": LENGTH},
-                "select": {"source": source, "tokens": LENGTH},
-                "report": [{"source": report, "tokens": 32_768, "length": LENGTH}],
-            },
-        }
-    )
-    return prepare(config, Progress())
 
 
 def _calibration(bench: Workbench, tokens: int) -> Tensor:
@@ -177,8 +150,7 @@ def _statistics(bench: Workbench, tokens: int) -> list[LayerStatistics]:
 
 def _plan(bench: Workbench, elastic: ElasticModel, cell: Cell) -> Plan:
     """Return the cell's plan; the heuristic one is on the model's own least-squares cut errors."""
-    budget = Budget.of(bench.architecture, bench.grid, "parameters", cell["share"])
-    space = replace(bench, budget=budget).space
+    space = bench.within(bench.budget.at(cell["share"])).space
     if "plan" in cell:
         return bench.grid.plan(UNIFORM[cell["plan"]](space))
     errors = [layer.cut_errors(bench.grid) for layer in elastic.layers]

@@ -26,7 +26,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 from agent.settings import DriverSettings, SearchSettings
-from benchmarks.backend import report_losses
+from benchmarks.held_out import report_losses
 from evaluators.significance import mean_interval
 from selfpruner.arena import Arena
 from selfpruner.cells import Cell, Row, run_cells
