@@ -191,10 +191,14 @@ class SearchSettings(BaseModel):
         return self.classical in ("evolution", "descent")
 
     @property
+    def searches(self) -> bool:
+        """Whether scores lead to other plans: not for an allocator of one fixed plan."""
+        return self.allocator not in get_args(SimplePlan)
+
+    @property
     def uses_slopes(self) -> bool:
         """Whether slopes are measured: there is a search whose classical half descends."""
-        searches = self.allocator not in get_args(SimplePlan)
-        return searches and self.classical == "descent" and self.share_asked != 1
+        return self.searches and self.classical == "descent" and self.share_asked != 1
 
     @property
     def share_asked(self) -> float | Literal["learned"]:

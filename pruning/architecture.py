@@ -39,8 +39,10 @@ class Architecture:
         """Return the architecture that a Hugging Face `config.json` (as a mapping) describes.
 
         Raises:
-            ValueError: the family is not one of `FAMILIES`, heads do not form KV groups, or rope
-                scaling is of a kind that layers of different widths cannot have.
+            KeyError: a number is missing.
+            ValueError: the family is not one of `FAMILIES`, what should be a number is none, heads
+                do not form KV groups, or rope scaling is of a kind that layers of different widths
+                cannot have.
         """
         family = str(config.get("model_type"))
         if family not in FAMILIES:
@@ -48,14 +50,16 @@ class Architecture:
                 f"config.json: model_type {family!r} is not supported; "
                 f"supported families: {', '.join(FAMILIES)}"
             )
-        heads = int(config["num_attention_heads"])
-        kv_heads = int(config.get("num_key_value_heads") or heads)
+        heads = _count(config, "num_attention_heads")
+        kv_heads = _count(config, "num_key_value_heads", heads)
         if heads % kv_heads:
             raise ValueError(
                 f"config.json: num_attention_heads {heads} is no multiple of "
                 f"num_key_value_heads {kv_heads}"
             )
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"config.json: rope scaling: got {rope!r:.60}, want a mapping")
         if "longrope" in (rope.get("rope_type"), rope.get("type")):
             raise ValueError(
                 "config.json: rope scaling 'longrope' is not supported: transformers reads "
@@ -63,16 +67,16 @@ class Architecture:
             )
         has_bias_switch = family in ("llama", "qwen3")
         attention_bias = bool(config.get("attention_bias", False)) and has_bias_switch
-        hidden = int(config["hidden_size"])
+        hidden = _count(config, "hidden_size")
         return cls(
             family=family,
-            layers=int(config["num_hidden_layers"]),
+            layers=_count(config, "num_hidden_layers"),
             hidden=hidden,
             heads=heads,
             kv_heads=kv_heads,
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            mlp=int(config["intermediate_size"]),
-            vocabulary=int(config["vocab_size"]),
+            head_dim=_count(config, "head_dim", hidden // heads),
+            mlp=_count(config, "intermediate_size"),
+            vocabulary=_count(config, "vocab_size"),
             tied=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=attention_bias or family == "qwen2",
             output_bias=attention_bias,
@@ -151,3 +155,18 @@ class Architecture:
             for layer in plan.layers
         )
         return layers + tokens * self.hidden * self.vocabulary
+
+
+def _count(config: Mapping[str, Any], key: str, otherwise: int | None = None) -> int:
+    """Return a whole number from 1; `otherwise` where there is none.
+
+    Raises:
+        KeyError: it is missing.
+        ValueError: it is none.
+    """
+    value = config[key] if otherwise is None else config.get(key)
+    if value is None and otherwise is not None:
+        return otherwise
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"config.json: {key}: got {value!r:.60}, want a whole number from 1")
+    return value

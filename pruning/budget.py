@@ -182,13 +182,16 @@ class Budget:
         smallest = self.cost([(0, 0)] * len(self.mlp))
         if smallest <= self.limit:
             return
-        best = {
-            "speedup": f"is predicted to be {self._reached(smallest):.4f} times as fast",
-            "memory": f"takes {self._reached(smallest):.0f} bytes",
-        }.get(self.kind, f"keeps {smallest / self.dense:.4f} of the blocks")
+        reached = self._reached(smallest)
+        if self.kind == "speedup":
+            best = f"is predicted to be {reached:.4f} times as fast"
+        elif self.fixed:
+            best = f"has {reached:.0f} {'bytes' if self.kind == 'memory' else 'parameters'}"
+        else:
+            best = f"keeps {reached:.4f} of the blocks"
+        target = f"{self.target:.0f}" if self.target > 1 and self.fixed else f"{self.target:g}"
         raise ValueError(
-            f"budget.{self.kind}: {self.target:g} cannot be met; "
-            f"the smallest plan of this grid {best}"
+            f"budget.{self.kind}: {target} cannot be met; the smallest plan of this grid {best}"
         )
 
 

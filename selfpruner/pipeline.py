@@ -164,7 +164,8 @@ def _check_disk(bench: Workbench, folder: RunFolder) -> None:
         ValueError: less is free than the largest model of the budget would take.
     """
     dtype: torch.dtype = getattr(torch, bench.config.export.dtype)
-    counts_weights = bench.budget.kind in ("parameters", "bytes")
+    kind, cached = bench.budget.kind, bench.config.budget.cached_tokens
+    counts_weights = kind in ("parameters", "bytes") or (kind == "memory" and not cached)
     share = bench.budget.limit / bench.budget.dense if counts_weights else 1.0
     weights = min(share, 1.0) * bench.architecture.block_parameters()
     needed = (weights + bench.architecture.fixed_parameters(True)) * dtype.itemsize

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from pruning.families import family_of, window_of
 from pruning.plan import Grid, Plan
 from pruning.shaping import shaped
+from pruning.streaming import is_streamed
 from selfpruner.environment import (
     cpu_instructions,
     device_name,
@@ -107,7 +108,7 @@ def measure(
     plans = list(dict.fromkeys([dense, *by_attention.values(), *by_mlp.values(), *whole]))
     with progress.stage(f"latency of {workload}", detail.rounds * len(plans)) as advance:
         rounds = timed(model, plans, workload, detail, on_visit=advance)
-    repeats = repeatability(rounds)
+    repeats = repeatability(rounds[:, 1:])
     medians = dict(zip(plans, np.median(rounds, axis=0).tolist(), strict=True))
     table = LatencyTable.of_models(
         workload,
@@ -179,6 +180,7 @@ def _key(model: PreTrainedModel, grid: Grid, workload: Workload, detail: Detail)
         "torch": torch.__version__,
         "transformers": package_version("transformers"),
         "dtype": str(model.dtype),
+        "streamed": is_streamed(model),  # then layers share weights, which caches make too fast
         "architecture": asdict(family_of(model)[1]),
         "workload": asdict(workload),
         "unit": grid.unit,

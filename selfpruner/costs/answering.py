@@ -31,19 +31,26 @@ def answering(config: RunConfig, asked: Asking, dense: Running) -> tuple[Work, .
         return (Work(),)
     if driver.kind == "api":
         return (Work(waiting=waves * (_API_LATENCY + reply / _API_TOKENS_A_SECOND)),)
-    model = _driver(driver.model, dense)
+    model = driver_of(config, dense) or dense
+    loaded = Work(disk=0.0 if driver.model is None else model.weight_bytes)
     prompt = max(1, asked.prompt_tokens // asked.calls)
     read = model.passes(asked.prompt_tokens, prompt, rows)
     if driver.kind == "vllm":
         written = replace(model.steps(waves * reply, rows), layers=0)
         return (Work(waiting=_SERVER_SECONDS), read, written)
-    return (read, model.steps(_ASKED_TOKENS * waves * reply, rows))
+    return (loaded, read, model.steps(_ASKED_TOKENS * waves * reply, rows))
 
 
-def _driver(name: str | None, dense: Running) -> Running:
-    """Return the driver's model; one of which nothing is known counts as the dense one."""
+def driver_of(config: RunConfig, dense: Running) -> Running | None:
+    """Return the model that the driver holds beside the dense one, None where it holds none.
+
+    One of which nothing is known counts as the dense one; a vLLM server holds one of its own.
+    """
+    kind, name = config.driver.kind, config.driver.model
+    if not config.search.asks_llm or kind not in ("embedded", "vllm"):
+        return None
     if name is None:
-        return dense
+        return dense if kind == "vllm" else None
     try:
         return replace(dense, architecture=architecture_by_name(name))
     except ValueError:

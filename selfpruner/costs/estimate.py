@@ -205,7 +205,7 @@ def _cost(stage: Stage, streamed: Memory, hardware: Hardware) -> StageCost:
 
 def devices_needed(peak: float, hardware: Hardware) -> int:
     """Return how many devices hold `peak` bytes, were it spread evenly; at least 1."""
-    return max(1, math.ceil(peak / max(hardware.usable_bytes, 1.0)))
+    return max(1, math.ceil(peak / hardware.usable_bytes))
 
 
 def _stage_json(stage: StageCost) -> dict[str, Any]:

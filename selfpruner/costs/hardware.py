@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from selfpruner.complaints import complaints
 from selfpruner.config import CONFIGS
@@ -68,10 +68,19 @@ class Hardware(Settings):
     start_seconds: Annotated[float, Field(ge=0)]
     price: Price
 
+    @model_validator(mode="after")
+    def _leaves_room(self) -> Self:
+        if self.reserved_gib >= self.memory_gib:
+            raise ValueError(
+                f"reserved_gib: got {self.reserved_gib:g}; allowed: less than memory_gib "
+                f"{self.memory_gib:g}"
+            )
+        return self
+
     @property
     def usable_bytes(self) -> float:
         """Memory of one device that tensors can have."""
-        return max(self.memory_gib - self.reserved_gib, 0.0) * _GIB
+        return (self.memory_gib - self.reserved_gib) * _GIB
 
     @property
     def has_fast_bfloat16(self) -> bool:

@@ -45,16 +45,21 @@ def _files() -> dict[str, Path]:
     """Return the file of every known name, in small letters."""
     found = {}
     for path in sorted(FOLDER.glob("*.yaml")):
-        for name in (path.stem, *read_mapping(path).get("names", ())):
-            found[str(name).lower()] = path
+        for name in (path.stem, *_names(path)):
+            found[name.lower()] = path
     return found
+
+
+def _names(path: Path) -> list[str]:
+    """Return the other names that a file lists: one or several."""
+    names = read_mapping(path).get("names") or []
+    return [str(x) for x in names] if isinstance(names, list) else [str(names)]
 
 
 def _spelled(name: str) -> str:
     """Return a known name as its file has it."""
     path = _files()[name]
-    own = [str(x) for x in read_mapping(path).get("names", ())]
-    return next((x for x in own if x.lower() == name), path.stem)
+    return next((x for x in _names(path) if x.lower() == name), path.stem)
 
 
 def _config_of(path: Path) -> Mapping[str, Any]:

@@ -62,10 +62,16 @@ def asking(config: RunConfig, grid: Grid, budget: Budget, layers: int) -> Asking
     return Asking(guess.calls, guess.tokens - reply, reply, guess.cost, generations)
 
 
-def num_generations(config: RunConfig) -> int:
-    """Return the generations after the first, no plan dropping out of a race."""
+def num_generations(config: RunConfig, evaluations: int | None = None) -> int:
+    """Return the generations after the first, no plan dropping out of a race.
+
+    `evaluations` takes the place of the search's own.
+    """
     search, slopes = config.search, slopes_charge(config)
-    later = search.evaluations - search.population - slopes
+    if not search.searches:
+        return 0
+    spent = search.evaluations if evaluations is None else evaluations
+    later = spent - search.population - slopes
     beside = int(search.window is not None) + slopes
     return max(0, math.ceil(later / (search.crossover + search.mutate + beside)))
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pruning.architecture import Architecture
-from selfpruner.config import RunConfig
+from selfpruner.config import RunConfig, SpeedSettings
+from selfpruner.costs.answering import driver_of
 from selfpruner.costs.hardware import Precision
 from selfpruner.costs.judging import LONGEST_ROW, reported_tokens
 from selfpruner.costs.surgery import Shapes
@@ -34,6 +35,7 @@ class Memory:
         statistics: Gram matrices and what is made of them, one layer's unless calibration grows.
         streams: hidden states of all tokens of a stage.
         working: activations and logits of one micro-batch, cached cuts.
+        driver: weights of an LLM that is another model or another process.
     """
 
     weights: float = 0.0
@@ -43,12 +45,13 @@ class Memory:
     statistics: float = 0.0
     streams: float = 0.0
     working: float = 0.0
+    driver: float = 0.0
 
     @property
     def total(self) -> float:
         """All of it."""
         held = self.weights + self.pruned + self.copies + self.corrections
-        return held + self.statistics + self.streams + self.working
+        return held + self.statistics + self.streams + self.working + self.driver
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,11 @@ class MemoryModel:
         )
         return self._placed(held)
 
+    def search(self) -> Memory:
+        """Return the peak of the search: of scoring, with the driver's weights."""
+        driver = driver_of(self.config, self.dense)
+        return replace(self.score(), driver=0.0 if driver is None else driver.weight_bytes)
+
     def refit(self) -> Memory:
         """Return the peak while all sliced models are refitted in one pass.
 
@@ -227,6 +235,30 @@ class MemoryModel:
             working=self._judging,
         )
         return self._placed(held)
+
+    def table(self) -> Memory:
+        """Return the peak of the latency table: one model of its widths at the run's workload.
+
+        What is timed shares weights; the dense model's cache is the largest.
+        """
+        load = self.config.workload
+        prompt = 0 if load.phase == "decode" else load.tokens
+        cached = load.batch * load.tokens if load.phase == "decode" else 0
+        working = self._load(load.batch, prompt, cached)
+        return self._placed(Memory(self.dense.weight_bytes, working=working))
+
+    def timed(self, speed: SpeedSettings) -> Memory:
+        """Return the peak of timing the dense and the exported model side by side."""
+        cached = speed.batch * (speed.prompt_tokens + speed.new_tokens)
+        working = self._load(speed.batch, speed.prompt_tokens, 2 * cached)
+        return replace(self.judge(), working=working)
+
+    def _load(self, batch: int, prompt: int, cached: int) -> float:
+        """Return activations of a prefill, the last logits and the KV cache."""
+        width, model = BYTES[self.dense.precision], self._architecture
+        cache = width * cached * model.layers * model.kv_numbers(model.kv_heads)
+        rows = batch / self.config.evaluation.batch_size
+        return rows * self._activations(max(prompt, 1)) + width * batch * model.vocabulary + cache
 
     def spread(self, room: float, devices: int) -> Memory:
         """Return the peak of one device while the dense model alone is spread over all of them.
@@ -272,7 +304,10 @@ class MemoryModel:
         if self.caches_plans:
             return 0.0
         finalists = search.finalists + 1  # and the first plan
-        plans = max(search.population * data.search.tokens, finalists * data.select.tokens)
+        window = search.window or data.search.tokens
+        scored = min(window * data.length, data.search.tokens)
+        brood = max(search.population, search.crossover + search.mutate)
+        plans = max(brood * scored, finalists * data.select.tokens)
         return self._stream(plans)
 
     @property

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
 
-from agent.settings import Operators
 from pruning.architecture import Architecture
 from pruning.plan import Grid
 from selfpruner.config import RunConfig
 from selfpruner.costs import judging, surgery
 from selfpruner.costs.answering import answering
 from selfpruner.costs.hardware import Hardware, Precision
-from selfpruner.costs.llm import Asking, slopes_charge
+from selfpruner.costs.llm import Asking, num_generations, slopes_charge
 from selfpruner.costs.memory import Memory, MemoryModel
 from selfpruner.costs.scoring import Scoring
 from selfpruner.costs.timing import latency_table
@@ -99,7 +96,7 @@ class RunStages:
         if not self.config.weighs_latency:
             return Stage("latency table", (), Memory())
         works = latency_table(self.config, self.dense, self.grid, self.hardware)
-        return Stage("latency table", works, self.memory.load())
+        return Stage("latency table", works, self.memory.table())
 
     def curvature(self) -> Stage:
         """Return the way through the dense model and back, where units are measured by that."""
@@ -128,7 +125,7 @@ class RunStages:
         works = [
             *self._opened(),
             *self.scoring.references(self._search_tokens),
-            *self._sloping_and_shared(self.scoring.scores(count, self._scored_tokens)),
+            *self._sloping_and_shared(self.scoring.scores(count, self._scored_tokens), count),
             *self._shared(self.scoring.cuts(count)),
         ]
         works += self._read(self._walks(count) * self.memory.cuts + self.dense.weight_bytes)
@@ -141,7 +138,7 @@ class RunStages:
             again = (*self._calibration(self.dense), *self._rankings(), self._rerun())
             works += self._shared([times(work, count) for work in again])
             tokens += count * 2 * self._calibration_tokens
-        return Stage("search", tuple(works), self.memory.score(), tokens)
+        return Stage("search", tuple(works), self.memory.search(), tokens)
 
     def ask(self) -> Stage:
         """Return the LLM's part of the search."""
@@ -150,24 +147,25 @@ class RunStages:
         return Stage(
             "ask the LLM",
             answering(self.config, self.llm, self.dense),
-            self.memory.score(),
+            self.memory.search(),
             llm_tokens=self.llm.tokens,
             llm_cost=self.llm.cost,
         )
 
     def front(self) -> Stage:
         """Return the searches for further budgets."""
-        targets = set(self.config.front.targets) - {self.config.budget.target}
-        count = round(self.config.front.effort * self.evaluations) * len(targets)
+        targets = set(self.config.front.targets) - {self.config.budget.target, 1.0}
+        each = max(1, round(self.config.front.effort * self.evaluations))
+        count = each * len(targets)
         select = self._select_tokens * self._finalists * len(targets)
         if not targets:
             return Stage("front", (), Memory())
         works = [
-            *self._sloping_and_shared(self.scoring.scores(count, self._scored_tokens)),
+            *self._sloping_and_shared(self.scoring.scores(count, self._scored_tokens), each),
             *self._shared(self.scoring.cuts(count)),
         ]
         works += self.scoring.scores(1, select)
-        works += self._read((self._walks(count) + len(targets)) * self.memory.cuts)
+        works += self._read(len(targets) * (self._walks(each) + 1) * self.memory.cuts)
         return Stage(
             "front", tuple(works), self.memory.score(), count * self._scored_tokens + select
         )
@@ -230,7 +228,7 @@ class RunStages:
 
     def speed(self) -> Stage:
         """Return timing of both models and the continuations in the report."""
-        settings, works = self.config.evaluation, list[Work]()
+        settings, works = self.config.judged, list[Work]()
         if self.memory.is_streamed:
             return Stage("speed", (), Memory())
         for model in (self.dense, self.pruned):
@@ -239,7 +237,7 @@ class RunStages:
         asked = settings.speed
         rows = (asked.repeats + 2) * asked.batch * (asked.prompt_tokens + asked.new_tokens)
         tokens = 2 * (rows + _SAMPLES * _SAMPLE_TOKENS)
-        return Stage("speed", tuple(works), self.memory.judge(), tokens)
+        return Stage("speed", tuple(works), self.memory.timed(settings.speed), tokens)
 
     @property
     def dense(self) -> Running:
@@ -272,8 +270,7 @@ class RunStages:
     def evaluations(self) -> int:
         """Full evaluations; an allocator of one fixed plan makes one."""
         search = self.config.search
-        searches = search.allocator in ("llm", "hybrid", *get_args(Operators))
-        return search.evaluations if searches else 1
+        return search.evaluations if search.searches else 1
 
     @property
     def _finalists(self) -> int:
@@ -328,15 +325,17 @@ class RunStages:
 
         Slopes go up through them and back.
         """
-        search = self.config.search
-        rounds = 1 if search.racing.is_off else len(search.racing.rounds)
-        slopes = slopes_charge(self.config)
-        return math.ceil(count / (search.population + slopes)) * (rounds + 2 * bool(slopes))
+        racing, slopes = self.config.search.racing, slopes_charge(self.config)
+        rounds = 1 if racing.is_off else len(racing.rounds)
+        return (1 + num_generations(self.config, count)) * (rounds + 2 * bool(slopes))
 
-    def _sloping_and_shared(self, works: Sequence[Work]) -> list[Work]:
-        """Return the part of the works that is slopes, and what workers share of the others."""
-        slopes = slopes_charge(self.config)
-        share = slopes / (self.config.search.population + slopes)
+    def _sloping_and_shared(self, works: Sequence[Work], count: int) -> list[Work]:
+        """Return the part of the works that is slopes, and what workers share of the others.
+
+        `count`: full evaluations of one search.
+        """
+        slopes = slopes_charge(self.config) * (1 + num_generations(self.config, count))
+        share = min(slopes / count, 1.0)
         scored = self._shared([times(work, 1 - share) for work in works])
         return [*(times(work, share) for work in works if share), *scored]
 

@@ -11,7 +11,8 @@ from selfpruner.costs.work import Running, Work, times
 from selfpruner.latency_table import Detail
 
 _KEPT = 0.75  # of the blocks, by the models of a table, roughly: half of them keep one kind whole
-_GPU_CALLS = 17  # of one model a round: warm-up, capture and replays of its graph
+_GPU_CALLS = 4  # of one model a round: warm-up and capture of its graph
+_REPLAYS = 13  # of the graph, which starts no layers one by one
 _CPU_SECONDS, _CPU_CALLS = 0.2, 10  # a round calls a model for so long, at most so often
 
 
@@ -24,7 +25,8 @@ def latency_table(
     visits = detail.rounds * (len(attention) + len(mlp) + detail.calibration)
     one, reference = (_call(config, x) for x in (replace(dense, kept=_KEPT), dense))
     if hardware.gpu:
-        return (times(one, visits * _GPU_CALLS),)
+        replay = replace(one, layers=0)
+        return times(one, visits * _GPU_CALLS), times(replay, visits * _REPLAYS)
     calls = max(1, min(_CPU_CALLS, int(_CPU_SECONDS / (2 * one.seconds(hardware)))))
     return times(one, visits * (1 + calls)), times(reference, visits * calls)
 

@@ -162,8 +162,9 @@ def test_the_level_of_logits_is_added(level: float) -> None:
     assert torch.allclose(found, log_partition(hidden, head) + level, rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 23, 1000])
-def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+@pytest.mark.parametrize("name", ["CHUNK", "VOCABULARY"])
+@pytest.mark.parametrize("size", [1, 4, 23, 1000])
+def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch, name: str, size: int) -> None:
     dense, pruned, head = _case()
     targets = torch.arange(POSITIONS)
 
@@ -175,9 +176,26 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch, chunk: int) -> No
         ]
 
     before = everything()
-    monkeypatch.setattr(divergence, "CHUNK", chunk)
+    monkeypatch.setattr(divergence, name, size)
     for one, other in zip(everything(), before, strict=True):
         assert torch.allclose(one, other, rtol=0, atol=1e-12)
+
+
+def test_a_vocabulary_of_several_parts_is_summed_over_all_of_them() -> None:
+    """The loops over the vocabulary run as often as for a real model, without a patch."""
+    size = 2 * divergence.VOCABULARY + 5
+    head = torch.randn(size, HIDDEN, generator=torch.Generator().manual_seed(1))
+    hidden = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(2))
+    logits = hidden.double() @ head.double().T
+    assert torch.allclose(log_partition(hidden, head).double(), logits.logsumexp(-1), rtol=1e-5)
+
+
+def test_512_tokens_are_listed_where_nobody_says_how_many() -> None:
+    dense, pruned, _ = _case()
+    head = torch.randn(600, HIDDEN, generator=torch.Generator().manual_seed(1)).double()
+    found = TopReference(dense, head).kl(pruned)
+    assert torch.equal(found, TopReference(dense, head, 512).kl(pruned))
+    assert not torch.equal(found, TopReference(dense, head, 511).kl(pruned))
 
 
 def test_positions_are_independent() -> None:

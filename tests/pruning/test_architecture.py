@@ -169,6 +169,25 @@ def test_unsupported_family_names_the_supported(model_type: str | None) -> None:
     assert all(family in message for family in FAMILIES)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_attention_heads", None),
+        ("num_attention_heads", 0),
+        ("num_hidden_layers", -1),
+        ("hidden_size", "big"),
+        ("vocab_size", [1]),
+        ("head_dim", 64.5),
+        ("rope_scaling", "dynamic"),
+    ],
+)
+def test_what_is_no_number_is_one_line_with_its_key(key: str, value: object) -> None:
+    config = yaml.safe_load((MODELS / "llama-3-8b.yaml").read_text())
+    with pytest.raises(ValueError, match=rf"^config\.json: {key.replace('_', '.')}: got ") as error:
+        Architecture.from_config(config | {key: value})
+    assert "\n" not in str(error.value)
+
+
 def test_heads_that_form_no_groups_are_refused() -> None:
     config = yaml.safe_load((MODELS / "llama-3-8b.yaml").read_text())
     with pytest.raises(ValueError, match="32 is no multiple of num_key_value_heads 5"):

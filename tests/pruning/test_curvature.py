@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pruning import curvature
 from pruning.curvature import LayerCurvature, stream_curvature
 from pruning.elastic import ElasticModel
 from pruning.elastic_layer import Recipe
@@ -42,10 +43,12 @@ def _gradients(model: Any, tokens: Tensor, seed: int) -> dict[str, list[Tensor]]
     return found
 
 
+@pytest.mark.parametrize("rows", [curvature._ROWS, 50])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_roots_are_those_of_the_fisher_matrix(
-    make_model: Any, make_tokens: Any, family: str
+    make_model: Any, make_tokens: Any, monkeypatch: pytest.MonkeyPatch, family: str, rows: int
 ) -> None:
+    monkeypatch.setattr(curvature, "_ROWS", rows)
     model, tokens = make_model(family, dtype=torch.float64), make_tokens(12, 16)
     gradients = _gradients(model, tokens, seed=3)
     for index, layer in enumerate(_curvature(model, tokens, batch_size=12, seed=3)):

@@ -8,6 +8,7 @@ import pytest
 
 from evaluators.harness import load_tasks
 from selfpruner.config import TASKS
+from selfpruner.costs import known_models
 from selfpruner.costs.hardware import Hardware, load_hardware
 from selfpruner.costs.judging import TASK_ROWS
 from selfpruner.costs.known_models import architecture_by_name
@@ -45,6 +46,7 @@ def test_hardware_from_a_path(tmp_path: Path) -> None:
         ("memory_gib: 10", "memory: 10", "unknown key memory; did you mean memory_gib?"),
         ("products: 0.5", "products: 50", "achievable.products: got 50; allowed: less than"),
         ("layer_ms: 1\n", "", "layer_ms: not given; it is required"),
+        ("reserved_gib: 1", "reserved_gib: 10", "reserved_gib: got 10; allowed: less than memory"),
     ],
 )
 def test_a_bad_file_is_one_line_a_fault(tmp_path: Path, old: str, new: str, line: str) -> None:
@@ -74,6 +76,15 @@ def test_unknown_hardware_gets_a_suggestion() -> None:
 )
 def test_models_by_any_of_their_names(name: str, parameters: int) -> None:
     assert architecture_by_name(name).total_parameters() == parameters
+
+
+@pytest.mark.parametrize(("names", "found"), [("", []), ("org/Foo", ["org/foo"])])
+def test_a_file_may_list_one_name_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: str, found: list[str]
+) -> None:
+    (tmp_path / "x.yaml").write_text(f"names: {names}\n")
+    monkeypatch.setattr(known_models, "FOLDER", tmp_path)
+    assert [*known_models._files()] == ["x", *found]
 
 
 def test_an_unknown_model_gets_a_suggestion() -> None:

@@ -274,6 +274,59 @@ def test_a_plan_without_a_search_asks_no_llm_and_makes_one_evaluation(
     assert "refit" not in names
 
 
+def test_later_generations_are_counted_by_what_they_score(estimated: Estimating) -> None:
+    """A streamed run reads all cuts for each: a first one of 30 plans leaves many small ones."""
+    settings = ("search.evaluations=400", "search.allocator=guided", "search.population=30")
+    many, fewer = (
+        seconds(estimated(*STREAMED, *settings, x, config="llama2_7b", hardware="h200"), "search")
+        for x in ("search.mutate=4", "search.mutate=36")
+    )
+    assert many / fewer > 3
+
+
+def test_plans_that_advance_together_hold_one_window(estimated: Estimating) -> None:
+    """As long as they have fewer tokens than the finalists on theirs, they add nothing."""
+    held = [
+        stage(estimated(f"search.population={n}", config="llama2_70b_49b"), "search").memory.streams
+        for n in (5, 40)
+    ]
+    assert held[0] == held[1]
+
+
+def test_one_fixed_plan_looks_at_items_once(estimated: Estimating) -> None:
+    few, many = (
+        stage(estimated("search.allocator=uniform", f"search.evaluations={n}"), "search").tokens
+        for n in (20, 200)
+    )
+    assert few == many
+
+
+def test_a_front_searches_no_dense_plan(estimated: Estimating) -> None:
+    names = [x.name for x in estimated("front.targets=[1.0]").stages]
+    assert "front" not in names
+    fixed = estimated("search.allocator=uniform", "front.targets=[0.5]", "data.choices=0")
+    assert stage(fixed, "front").tokens >= stage(fixed, "search").tokens
+
+
+@pytest.mark.parametrize("kind", ["embedded", "vllm"])
+def test_a_driver_of_its_own_is_held_during_the_search(estimated: Estimating, kind: str) -> None:
+    asked = ("search.allocator=hybrid", f"driver.kind={kind}")
+    other = estimated(*asked, "driver.model=meta-llama/Llama-2-13b-hf", config="llama2_7b")
+    assert stage(other, "search").memory.driver == 2 * 13_015_864_320
+    assert stage(other, "calibrate").memory.driver == 0
+    remote = ("search.allocator=hybrid", "driver.kind=api", "driver.base_url=http://host/v1")
+    assert stage(estimated(*remote, config="llama2_7b"), "search").memory.driver == 0
+
+
+def test_a_workload_is_timed_and_held_as_it_was_asked(estimated: Estimating) -> None:
+    asked = "budget={speedup: 1.2, phase: decode, batch: 64, tokens: 4096}"
+    found = estimated(asked, config="llama2_7b", hardware="h200")
+    cache = 2 * 32 * 2 * 4096 * 64 * 4096  # bytes: keys and values, layers, hidden, tokens
+    assert stage(found, "latency table").memory.working > cache
+    assert stage(found, "speed").memory.working > 2 * cache
+    assert stage(found, "speed").tokens > 64 * 4096
+
+
 def test_a_sequential_ranking_calibrates_anew_for_every_plan(estimated: Estimating) -> None:
     sequential = ("pruning.statistics=sequential", "search.allocator=genetic", "data.choices=0")
     few, many = (estimated(*sequential, f"search.evaluations={n}") for n in (10, 20))
