@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +72,45 @@ def test_a_pruned_folder_needs_trust(
     tokens = make_tokens(2, 12)
     is_same = torch.equal(loaded(tokens).logits, small(tokens).logits)
     assert is_same
+
+
+UNTRUSTED = """
+import sys, torch
+from pruning.loading import architecture_of, load, load_spread, load_streamed
+name = sys.argv[1]
+for attempt in (
+    lambda: architecture_of(name),
+    lambda: load(name, torch.float32),
+    lambda: load_streamed(name, torch.float32),
+    lambda: load_spread(name, torch.float32),
+):
+    try:
+        attempt()
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_code_beside_the_weights_does_not_run_untrusted(
+    make_model: Any, rank: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    """In a process of its own: classes that are registered take the place of the file."""
+    small = sliced(rank(make_model("qwen2", dtype=torch.float32), "bias"), UNEVEN)
+    export(small, tokenizer, tmp_path / "small", torch.float32)
+    marker, code = tmp_path / "ran", tmp_path / "small" / "modeling_pruned.py"
+    code.write_text(f"open({str(marker)!r}, 'w')\n" + code.read_text())
+    done = subprocess.run(
+        [sys.executable, "-c", UNTRUSTED, str(tmp_path / "small")],
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4, done.stdout + done.stderr
+    assert all("--trust-remote-code" in x for x in lines)
+    assert not marker.exists()
 
 
 def test_locate(folder: Path, tmp_path: Path) -> None:

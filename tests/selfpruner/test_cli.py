@@ -31,6 +31,7 @@ class Recorder:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, module: str, *names: str) -> None:
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
         self.error: BaseException | None = None
+        self.leaves: str | None = None  # a file in the run folder
         double = types.ModuleType(f"selfpruner.{module}")
         for name in names:
             setattr(double, name, self._function(name))
@@ -40,6 +41,8 @@ class Recorder:
     def _function(self, name: str) -> Any:
         def call(*arguments: Any, **named: Any) -> Path:
             self.calls.append((name, arguments, named))
+            if self.leaves is not None:
+                (arguments[1].path / self.leaves).touch()
             if self.error is not None:
                 raise self.error
             return Path("there") / "report.html"
@@ -295,13 +298,17 @@ def test_a_full_disk_is_one_line(pipeline: Recorder) -> None:
 def test_what_can_go_on_says_how(
     pipeline: Recorder, error: BaseException, code: int, words: str
 ) -> None:
-    pipeline.error = error
+    pipeline.error, pipeline.leaves = error, "candidates.jsonl"
     result = run("compress", DEMO, "--out", "a", "--threads", "1")
-    if isinstance(error, DriverError):  # the folder was not begun, so there is nothing to resume
-        assert (result.exit_code, result.stderr) == (code, f"selfpruner: {words}\n")
-        return
     assert result.exit_code == code
     assert result.stderr == f"selfpruner: {words}; `selfpruner resume a --threads 1` goes on\n"
+
+
+def test_what_was_not_begun_cannot_go_on(pipeline: Recorder) -> None:
+    pipeline.error = DriverError("no")
+    result = run("compress", DEMO, "--out", "a")
+    assert (result.exit_code, result.stderr) == (75, "selfpruner: no\n")
+    assert not Path("a").exists()
 
 
 def test_resume_goes_on_with_the_stored_configuration(pipeline: Recorder) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from agent.drivers import vllm, vllm_server
 from agent.drivers.driver import Place, Request
 from agent.settings import DriverSettings
 from selfpruner.config import CONFIGS, load_config
 from selfpruner.driving import check_drivers, open_driver
+from selfpruner.progress import Progress
 from selfpruner.searching import check_words_and_drivers
 from tests.agent.drivers.chat_server import ChatServer, said
 
@@ -117,3 +122,58 @@ def test_an_endpoint_gets_the_key_in_the_variable_that_is_named(
         list(driver.complete([request], lambda _: True))
         driver.close()
     assert [x.headers["authorization"] for x in server.calls] == ["Bearer sk-secret"]
+
+
+def test_a_resumed_replay_gives_no_try_twice(tmp_path: Path) -> None:
+    message = {"role": "user", "content": "Hi!"}
+    request = Request(Place(0, 0, "generate", 0), (message,), {"type": "object"}, 16, 0.5, 7)
+    lines = [_line(call, reply) for call, reply in enumerate((None, "good"))]
+    recording, own = tmp_path / "recording.jsonl", tmp_path / "llm.jsonl"
+    recording.write_text("".join(lines))
+    own.write_text(lines[0])  # the failed try is on file, what came of it is not
+    settings = {"kind": "replay", "recording": str(recording)}
+    unused = cast("Any", None)
+    folder = cast("Any", SimpleNamespace(llm=own))
+    driver = open_driver(unused, DriverSettings.model_validate(settings).chain, folder, unused)
+    assert [x.text for x in driver.complete([request], lambda _: True)] == ["good"]
+
+
+def _line(call: int, reply: str | None) -> str:
+    fields = {"generation": 0, "slot": 0, "operator": "generate", "attempt": 0, "call": call}
+    fields |= {"prompt_hash": "", "messages": [], "reply": reply, "tokens": 3, "estimated": False}
+    outcome = "accepted" if reply else "failed: no"
+    return (
+        json.dumps({**fields, "cost": 0.0, "seconds": 0.0, "model": "m", "outcome": outcome}) + "\n"
+    )
+
+
+def test_a_server_of_our_own_is_started_as_the_settings_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def server(model: str, log: Path, **options: Any) -> str:
+        seen.update(options, model=model, log=log)
+        return "the server"
+
+    def driver(_: Any, opened: str, **__: Any) -> Any:
+        assert opened == "the server"
+        return SimpleNamespace(complete=lambda *_: iter(()), close=lambda: None)
+
+    monkeypatch.setattr(vllm_server, "VllmServer", server)
+    monkeypatch.setattr(vllm, "VllmDriver", driver)
+    (tmp_path / "config.json").write_text("{}")
+    small = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=512))
+    bench = cast("Any", SimpleNamespace(config=SimpleNamespace(model=str(tmp_path)), model=small))
+    asked = {"kind": "vllm", "python": "there", "port": 8123, "eager": True, "context": 4096}
+    chain = DriverSettings.model_validate(asked).chain
+    folder = cast("Any", tmp_path)
+    list(open_driver(bench, chain, folder, Progress(StringIO())).complete([], lambda _: True))
+    assert seen == {
+        "model": str(tmp_path),
+        "log": tmp_path / "vllm.log",
+        "python": "there",
+        "port": 8123,
+        "eager": True,
+        "max_model_len": 512,
+    }

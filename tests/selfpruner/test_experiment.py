@@ -13,7 +13,7 @@ from selfpruner.cells import run_cells
 from selfpruner.config import CONFIGS
 from selfpruner.experiment import cells_of, digest_of
 from selfpruner.experiment_config import load_experiment
-from selfpruner.workers import visible_devices
+from selfpruner.workers import take_device, visible_devices
 
 
 def test_the_shipped_experiments_are_valid() -> None:
@@ -179,6 +179,13 @@ def test_workers_share_out_the_gpus_there_are(monkeypatch: pytest.MonkeyPatch) -
     assert visible_devices() == ["3", "5"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert visible_devices() == []
+
+
+@pytest.mark.parametrize(("number", "device"), [(0, "3"), (1, "5"), (2, "3")])
+def test_workers_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch, number: int, device: str) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    take_device(number)
+    assert visible_devices() == [device]
 
 
 def test_the_recorded_cells_are_those_of_the_shipped_experiments() -> None:

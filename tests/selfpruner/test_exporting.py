@@ -12,7 +12,7 @@ from gguf import GGUFReader
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from pruning.export import export
@@ -153,7 +153,6 @@ def test_refusals_are_one_line(run: RunFolder, tmp_path: Path) -> None:
 def test_what_llama_cpp_cannot_run_is_one_line(run: RunFolder) -> None:
     config = json.loads((run.model / "config.json").read_text())
     (run.model / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
-    assert AutoConfig.from_pretrained(run.model).hidden_act == "gelu"
     assert refusal(run, "--to", "gguf") == (
         "config.json: hidden_act 'gelu'; llama.cpp computes llama with silu"
     )

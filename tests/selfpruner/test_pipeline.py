@@ -104,6 +104,10 @@ def test_results_tell_what_the_ledger_holds(run: Path) -> None:
     assert results.model.parameters_pruned < 104_000_000
     assert results.quality.pruned.perplexity["passages"] is not None
     assert set(results.controls) == {"uniform_mlp"}
+    # Which side is which: what was pruned costs less and predicts worse.
+    dense, pruned = results.quality.dense, results.quality.pruned
+    assert dense.perplexity["passages"] < pruned.perplexity["passages"]
+    assert results.macs.dense > results.macs.pruned
 
 
 def test_the_model_loads_and_speaks_without_this_project(run: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from agent.drivers.api import ApiDriver
 from agent.drivers.chain import ChainDriver
 from agent.drivers.driver import Completion, DriverError, MayRetry, Place, Request
 from agent.graph import run_search
-from agent.settings import DriverSettings, Endpoint
+from agent.settings import DriverSettings, Endpoint, Price
 from agent.state import SearchContext
 from tests.agent.drivers.chat_server import Act, Call, ChatServer, obliging, refused
 
@@ -225,6 +225,32 @@ def test_a_search_goes_from_one_endpoint_to_the_next(
     answered = {(x.generation, x.slot, x.attempt) for x in by["one"] if x.reply is not None}
     assert not answered & {(x.generation, x.slot, x.attempt) for x in by["two"]}
     assert (result.evaluations, result.stopped) == (40, "evaluations")
+
+
+def test_money_is_set_aside_for_the_dearest_of_the_chain(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first endpoint costs nothing and never answers; all money goes to the second."""
+    monkeypatch.setattr(failure, "_backoff", wait_none())
+    context = scene(allocator="llm", replies=[], cost=0.05)
+    with ChatServer(lambda _: refused(503)) as first, ChatServer(obliging) as second:
+        free, dear = (
+            Endpoint(kind="api", base_url=x.url, model="m", tries=1, max_tokens=64)
+            for x in (first, second)
+        )
+        dear = dear.model_copy(update={"price": Price(prompt=20.0, completion=20.0)})
+        settings = DriverSettings(**free.model_dump(), fallbacks=(dear,))
+        chain = ChainDriver(
+            [partial(ApiDriver, x, base_url=str(x.base_url), model="m") for x in settings.chain],
+            settings.chain,
+        )
+        result = run_search(
+            replace(context, driver=chain, driver_settings=settings),
+            tmp_path / "checkpoints.sqlite",
+        )
+        chain.close()
+    assert result.stopped == "cost"
+    assert 0 < result.llm_cost <= 0.05
 
 
 def test_each_driver_samples_as_its_own_endpoint_says() -> None:

@@ -121,8 +121,9 @@ def test_retry_after_is_read(headers: dict[str, str], seconds: float | None) -> 
     assert retry_after(headers, now=1_000_000) == seconds
 
 
-def waited(error: CallError) -> float:
+def waited(error: CallError, attempt: int = 1) -> float:
     state = RetryCallState(None, None, (), {})  # type: ignore[arg-type]
+    state.attempt_number = attempt
     state.outcome = Future(1)
     state.outcome.set_exception(error)
     return wait_seconds(state)
@@ -133,6 +134,9 @@ def test_the_endpoint_is_waited_for_and_another_form_is_not() -> None:
     for _ in range(20):
         assert 0 <= waited(CallError("x")) <= 0.5
         assert 0.1 <= waited(CallError("x", delay=0.1)) <= 0.5
+    first, late = ([waited(CallError("x"), attempt) for _ in range(50)] for attempt in (1, 20))
+    assert max(first) > 0.05
+    assert 5 < max(late) <= 30
     refusal = CallError("x", may_pass=False, is_refusal=True, delay=9.0).at_once()
     assert (refusal.may_pass, waited(refusal)) == (True, 0.0)
 
