@@ -287,6 +287,13 @@ class Endpoint(BaseModel):
     eager: bool = Field(
         False, description="vllm: compile nothing: starts sooner, answers a fifth slower"
     )
+    gpu_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="vllm: share of the memory of its GPU that a server of our own takes, less "
+        "where the run computes there too; null: what vLLM takes, nine tenths",
+    )
     start_seconds: float = Field(600.0, gt=0, description="vllm: longest wait for the server")
     recording: str | None = Field(None, min_length=1, description="replay: path of an llm.jsonl")
 

@@ -106,6 +106,7 @@ def _vllm(bench: Workbench, folder: RunFolder, progress: Progress, settings: End
         python=settings.python,
         port=settings.port,
         eager=settings.eager,
+        gpu_share=settings.gpu_share,
         max_model_len=min(settings.context, int(bench.model.config.max_position_embeddings)),
     )
     with progress.stage("vLLM server") as advance:

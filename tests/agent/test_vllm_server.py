@@ -144,12 +144,13 @@ def test_starts_waits_and_stops(scene: Scene, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_arguments_of_a_given_interpreter(scene: Scene) -> None:
-    with scene.server(eager=True) as server:
+    with scene.server(eager=True, gpu_share=0.25) as server:
         server.start(30)
     arguments = scene.facts["arguments"]
     start = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(scene.model)]
-    assert (arguments[:4], arguments[-1]) == (start, "--enforce-eager")
-    options = dict(zip(arguments[4:-1:2], arguments[5:-1:2], strict=True))
+    assert arguments[:4] == start
+    assert arguments[-3:] == ["--enforce-eager", "--gpu-memory-utilization", "0.25"]
+    options = dict(zip(arguments[4:-3:2], arguments[5:-3:2], strict=True))
     assert json.loads(options.pop("--structured-outputs-config")) == {
         "backend": "xgrammar",
         "disable_any_whitespace": True,

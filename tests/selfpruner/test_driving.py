@@ -165,7 +165,7 @@ def test_a_server_of_our_own_is_started_as_the_settings_say(
     (tmp_path / "config.json").write_text("{}")
     small = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=512))
     bench = cast("Any", SimpleNamespace(config=SimpleNamespace(model=str(tmp_path)), model=small))
-    asked = {"kind": "vllm", "python": "there", "port": 8123, "eager": True, "context": 4096}
+    asked = {"kind": "vllm", "python": "there", "port": 8123, "eager": True, "gpu_share": 0.3}
     chain = DriverSettings.model_validate(asked).chain
     folder = cast("Any", tmp_path)
     list(open_driver(bench, chain, folder, Progress(StringIO())).complete([], lambda _: True))
@@ -175,5 +175,6 @@ def test_a_server_of_our_own_is_started_as_the_settings_say(
         "python": "there",
         "port": 8123,
         "eager": True,
+        "gpu_share": 0.3,
         "max_model_len": 512,
     }
