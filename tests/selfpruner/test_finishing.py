@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from selfpruner.fitness import Fitness
 from selfpruner.progress import Progress
 from selfpruner.results import Refit
 from selfpruner.run_folder import RunFolder
+from selfpruner.workbench import prepare
 from selfpruner.workforce import threads_set
 
 Opened = tuple[Arena, RunFolder]
@@ -131,3 +134,21 @@ def test_a_run_is_checked_before_what_it_replaces_is_gone(
         ("_check_disk", True),
     ]
     assert not before.exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "needed"), [("{memory: 40000}", 40_000), ("{parameters: 0.5}", 36_160)]
+)
+def test_the_disk_needs_room_for_what_the_budget_leaves(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, needed: int
+) -> None:
+    """Two bytes a weight: 23,040 of the blocks, 6,560 others with the correction biases."""
+    config = load_config(tiny_run, settings=[f"budget={asked}"])
+    folder = RunFolder.create(tmp_path / "run", config)
+    bench = prepare(config, Progress(StringIO()))
+    free = SimpleNamespace(free=needed)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    pipeline._check_disk(bench, folder)
+    free.free -= 1
+    with pytest.raises(ValueError, match="the pruned model needs 0 MB"):
+        pipeline._check_disk(bench, folder)
