@@ -40,8 +40,8 @@ def compare_latency(
         seed: Seed of the prompts.
 
     Returns:
-        Rows `{phase, batch, tokens, <name>_ms...}`, `tokens` being prompt tokens or new tokens,
-        times in milliseconds: medians, of the whole prefill and of ONE decode step. With two
+        Rows `{phase, batch, tokens, <name>_ms...}`, `tokens` being those of the prompt, times in
+        milliseconds: medians, of the whole prefill and of ONE decode step after it. With two
         models also `speedup`, first over second, and `spread`, the interquartile range of the
         ratio over repeats.
     """
@@ -54,10 +54,10 @@ def compare_latency(
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(0, vocabulary, (batch, prompt_tokens), generator=generator)
     times = _interleaved_times(models, prompt, new_tokens, repeats, warmup)
-    sizes = (prompt_tokens, new_tokens)
     return [
-        {"phase": phase, "batch": batch, "tokens": tokens} | _summary(list(models), seconds_MR)
-        for phase, tokens, seconds_MR in zip(PHASES, sizes, times, strict=True)
+        {"phase": phase, "batch": batch, "tokens": prompt_tokens}
+        | _summary(list(models), seconds_MR)
+        for phase, seconds_MR in zip(PHASES, times, strict=True)
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
@@ -46,6 +47,7 @@ def finish_cells(
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{path}: another process is writing to this file") from None
+        _mend(path)
         return _finish(path, file, cells, outcomes)
 
 
@@ -63,6 +65,14 @@ def _finish(
             rows.append(row)
     found = (next((x for x in rows if x["cell"] == cell), None) for cell in cells)
     return [row for row in found if row is not None]
+
+
+def _mend(path: Path) -> None:
+    """Cut a torn last line, of a process that was killed while it wrote: its cell is run again."""
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
 
 
 def _rows(path: Path) -> list[Row]:

@@ -208,7 +208,7 @@ def _paint_speed(rows: Sequence[SpeedRow], figure: Any, narrow: bool) -> None:
         pruned = f"{number(row.pruned_ms, 1)} ms" if narrow else (
             f"{number(row.pruned_ms, 1)} ms · {times(row.speedup)}")  # fmt: skip
         axes.text(share + 1.5, position + 0.18, pruned, va="center")
-    names = [f"{_name(x.phase, narrow)}\n{x.tokens} tokens, batch {x.batch}" for x in rows]
+    names = [f"{_name(x.phase, narrow)}\n{x.tokens} prompt tokens, batch {x.batch}" for x in rows]
     if narrow:
         names = [f"{_name(x.phase, narrow)}\n{times(x.speedup)}" for x in rows]
     axes.set_yticks(range(len(rows)), names)

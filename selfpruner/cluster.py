@@ -20,6 +20,7 @@ from typing import Any, Generic
 from urllib.parse import urlsplit
 
 from selfpruner.crew import LostError, Result, Task, Work
+from selfpruner.endings import faults_told_apart
 
 LOCAL = "local"
 
@@ -327,4 +328,5 @@ def _done(home: str, work: Work[Task, Result], number: int, task: Task) -> Resul
     """Return what comes of a task, with relative paths meaning what they mean to the command."""
     if Path(home).is_dir():
         os.chdir(home)
-    return work(number, task)
+    with faults_told_apart():
+        return work(number, task)

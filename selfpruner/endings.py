@@ -44,6 +44,20 @@ def plain_errors(folder: Path | None = None, options: str = "") -> Iterator[None
         raise typer.Exit(2) from None
 
 
+@contextmanager
+def faults_told_apart() -> Iterator[None]:
+    """Make a ValueError from inside a library a RuntimeError, which no process takes for a user's.
+
+    For workers: raised anew elsewhere, it would no longer tell where it came from.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if _raised_here(error):
+            raise
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
 def _stop(message: str, code: int, folder: Path | None, options: str) -> NoReturn:
     """Leave with a line that says how to go on."""
     goes_on = folder is not None and folder.is_dir()

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
@@ -70,6 +71,8 @@ def run_experiment(
         KeyboardInterrupt: a signal asked for a stop.
     """
     plan, workforce = load_experiment(path), workforce or Workforce()
+    if plan.base.memory == "streamed" and not workforce.is_alone:
+        raise ValueError(f"{path}: memory: got streamed; allowed with --workers: whole")
     for run in plan.runs.values():
         check_words_and_drivers(run)
     _check_budgets(plan)
@@ -78,7 +81,11 @@ def run_experiment(
     with RunFolder(folder).locked(), terminable(), _goes_on(progress):
         if workforce.is_alone:
             searches = _Searches(plan, folder, progress, workforce.threads)
-            rows = run_cells(results, cells, searches)
+            try:
+                rows = run_cells(results, cells, searches)
+            finally:
+                for arena in folder.glob("*/arena*"):  # of models that are streamed
+                    shutil.rmtree(RunFolder(arena).scratch, ignore_errors=True)
         else:
             work = partial(_in_worker, path.resolve(), folder.resolve(), workforce.threads)
             on_gpus = resolved_device(plan.base) == "cuda"
@@ -164,6 +171,11 @@ class _Searches:
     def __call__(self, cell: Cell) -> Figures:
         """Return the figures of one search, begun or gone on with."""
         self._progress.note(_named(cell))
+        if digest_of(self._plan.runs[cell["arm"]]) != cell["settings"]:
+            raise ValueError(
+                f"arm {cell['arm']}: settings or prompts were changed during the experiment; the "
+                "same command begins its cells anew"
+            )
         budget = next(x for x in self._plan.budgets if x.name == cell["budget"])
         facts = {"model": cell["model"], "budget": budget, "seed": cell["seed"]}
         run = self._plan.runs[cell["arm"]].model_copy(update=facts)

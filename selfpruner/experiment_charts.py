@@ -64,11 +64,20 @@ def course_chart(study: Study, model: str, budget: str, axis: Axis) -> Chart | N
         # The control asks no LLM: what it came to in all is a level here, not a course.
         last = max(x[-1][0] for x in courses.values())
         ghost = [(spent, *ghost[-1][1:]) for spent in (0.0, last)]
+    # One plan has no course: it is a level over the panel.
+    last = max(x[-1][0] for x in courses.values())
+    courses = {arm: _level(x, last) for arm, x in courses.items()}
+    ghost = _level(ghost, last)
     label = f"Fitness on fresh tokens of the best plan so far, by {_LABELS[axis]}, for every arm"
     wide, narrow = (math.ceil(len(courses) / columns) for columns in (4, 2))
     name = f"course-{axis}-{study.settings.index((model, budget))}"
     paint = partial(_paint_courses, study, courses, ghost, axis)
     return draw(name, label, paint, 0.7 + 1.75 * wide, 0.7 + 1.55 * narrow)
+
+
+def _level(points: Course, last: float) -> Course:
+    """Return a course of one point as a level up to `last`; others as they are."""
+    return [*points, (last, *points[0][1:])] if len(points) == 1 else points
 
 
 def _paint_courses(

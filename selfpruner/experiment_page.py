@@ -28,7 +28,7 @@ def write_experiment_page(study: Study, file: Path, out: Path) -> Path:
              charts.course_chart(study, model, budget, "tokens"))
             for model, budget in study.settings
         ],
-        units=len(units),
+        units=max((x.units for x in compared), default=0),
         seeds=len({seed for _, _, seed in units}),
         cells=[
             (row["cell"], row["figures"], read_off(row["figures"], "evaluations", study.limit))

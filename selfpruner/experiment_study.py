@@ -92,10 +92,12 @@ class Study:
     def limit(self) -> float:
         """Full evaluations that every search has: where all runs are read off.
 
-        A run of one plan is no search; its plan stands for it wherever others are read off.
+        A run of one plan is no search, whatever its probes cost; its plan stands for it wherever
+        others are read off.
         """
-        spent = [float(x["figures"]["evaluations"]) for x in self.rows]
-        return min((x for x in spent if x > 1), default=1.0)
+        found = [x["figures"] for x in self.rows]
+        searches = [x for x in found if x.get("plans", x["evaluations"]) > 1]
+        return min((float(x["evaluations"]) for x in searches), default=1.0)
 
     @property
     def token_limit(self) -> int | None:
@@ -173,11 +175,12 @@ class Study:
     def sooner(self, arm: str, control: str) -> float | None:
         """Return how many times fewer evaluations `arm` needs for what `control` ends with.
 
-        Both are means over their common units, the control's at the limit. The arm is there from
-        where its mean stays as low: means on other tokens rise again where a plan had been lucky.
-        None where the arm does not end with as much.
+        What the control spent is counted up to the limit; below 1 the arm needs more. Both are
+        means over their common units, the control's at the limit. The arm is there from where its
+        mean stays as low: means on other tokens rise again where a plan had been lucky. None where
+        the arm does not end with as much.
         """
-        ends, figures = self.values(control), self.figures(arm)
+        ends, figures, theirs = self.values(control), self.figures(arm), self.figures(control)
         units = [unit for unit in figures if unit in ends]
         if not units:
             return None
@@ -189,7 +192,8 @@ class Study:
             if statistics.fmean(x["selection_fitness"] for x in found) > wanted:
                 break
             first = moment
-        return None if first is None else self.limit / max(first, 1.0)
+        spent = statistics.fmean(min(theirs[x]["evaluations"], self.limit) for x in units)
+        return None if first is None else spent / max(first, 1.0)
 
     def verdict(self) -> Verdict:
         """Return whether the LLM helps.

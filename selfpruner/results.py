@@ -6,7 +6,6 @@ that overflowed. Accuracies are 0 to 1, times seconds unless the name says `ms`.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +22,7 @@ from pydantic import (
     ValidationError,
 )
 
+from agent.racing import NOT_FINITE
 from pruning.budget import BudgetKind
 from selfpruner.run_folder import write_whole
 
@@ -31,8 +31,11 @@ Origin = Literal["llm", "llm_repaired", "fallback", "classical", "heuristic"]
 
 
 def _finite(value: Any) -> Any:
-    """Return None for an infinite or undefined number: JSON has no word for either."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """Return None for an infinite or undefined number: JSON has no word for either.
+
+    A search's stand-in for one is none, too.
+    """
+    return None if isinstance(value, float) and not abs(value) < NOT_FINITE else value
 
 
 Finite = Annotated[float | None, BeforeValidator(_finite)]
@@ -161,7 +164,7 @@ class Quality(Record):
 
 
 class SpeedRow(Record):
-    """One timing: median milliseconds of a prefill of `tokens` tokens, or of one decoded token.
+    """One timing: median milliseconds of a prefill of `tokens` tokens, or of one token after it.
 
     `speedup` is dense over pruned; `spread` is its interquartile range over the repeats.
     """

@@ -15,6 +15,7 @@ from multiprocessing.process import BaseProcess
 from typing import Generic
 
 from selfpruner.crew import Crew, LostError, Result, Task, Work, outcomes
+from selfpruner.endings import faults_told_apart
 
 
 def in_workers(
@@ -28,6 +29,7 @@ def in_workers(
 
     Raises:
         ValueError: a cell raised it; its traceback is that of the worker.
+        RuntimeError: a library did so in a cell, which is a defect of ours.
     """
 
     def leave_out(cell: Task) -> bool:
@@ -143,14 +145,19 @@ def _done(work: Work[Task, Result], number: int, task: Task) -> Result:
     _settle()
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        return work(number, task)
+        with faults_told_apart():
+            return work(number, task)
     finally:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 @cache
 def _settle() -> None:
-    """Leave the terminal's signals to the parent, and end with it, however it ends."""
+    """Leave the terminal's signals to the parent, and end with it, however it ends.
+
+    A command in the background has SIGINT ignored, and hands that on: here it is to be heard.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.setpgrp()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -61,7 +61,7 @@ def test_medians_ratio_and_spread_on_a_known_clock(tiny_llama: Factory, clock: l
         "dense_ms": 6000.0, "pruned_ms": 2000.0, "speedup": 3.0, "spread": 2.0,
     }  # fmt: skip
     assert decode == {
-        "phase": "decode", "batch": 2, "tokens": 3,
+        "phase": "decode", "batch": 2, "tokens": 7,
         "dense_ms": 500.0, "pruned_ms": 250.0, "speedup": 2.0, "spread": 0.0,
     }  # fmt: skip
     # Each turn is one prompt and three single tokens; turns alternate: d p | p d | d p | ...

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from selfpruner.workforce import Workforce
+
 
 def square(number: int, cell: dict[str, Any]) -> dict[str, Any]:
     """Return the square, and who made it."""
@@ -22,9 +24,11 @@ def square_or_die(number: int, cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def square_or_refuse(number: int, cell: dict[str, Any]) -> dict[str, Any]:
-    """Return the square; cell 1 is refused."""
+    """Return the square; cell 1 is refused by the program, cell 2 by a library."""
     if cell["n"] == 1:
-        raise ValueError("n: got 1")
+        Workforce.parse("none", None)
+    if cell["n"] == 2:
+        raise ValueError("operands could not be broadcast")
     return square(number, cell)
 
 

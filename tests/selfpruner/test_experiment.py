@@ -75,9 +75,28 @@ def test_finished_cells_are_not_run_again(tmp_path: Path) -> None:
     rows = run_cells(path, cells, figures)
     assert [x["figures"]["square"] for x in rows] == [0, 1, 4, 9]
     assert ran == [0, 1, -1, 2, 3]
-    path.write_text(path.read_text() + "{torn")
+    path.write_text(path.read_text() + "{broken\n")
     with pytest.raises(ValueError, match=r"x\.jsonl, line 5: not JSON"):
         run_cells(path, cells, figures)
+
+
+@pytest.mark.parametrize("left", ["", '{"cell": {"n"', '{"cell": {"n": 2}, "figures": {}}'])
+def test_a_torn_last_line_is_run_again(tmp_path: Path, left: str) -> None:
+    """A line without its end is not known to be whole."""
+    path, ran = tmp_path / "x.jsonl", []
+
+    def figures(cell: dict[str, Any]) -> dict[str, Any]:
+        ran.append(cell["n"])
+        return {}
+
+    cells = [{"n": n} for n in range(3)]
+    run_cells(path, cells[:2], figures)
+    whole = path.read_text()
+    path.write_text(whole + left)
+    assert [x["cell"]["n"] for x in run_cells(path, cells, figures)] == [0, 1, 2]
+    assert ran == [0, 1, 2]
+    assert path.read_text().startswith(whole)
+    assert path.read_text().count("\n") == 3
 
 
 def _experiment(folder: Path, **parts: Any) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +172,28 @@ def test_what_cannot_be_is_refused_before_the_first_cell(study: Path, tmp_path: 
         2,
         f"selfpruner: {tmp_path / 'o'}: another process is at work in this folder\n",
     )
+
+
+def test_what_is_edited_meanwhile_is_not_run_under_the_old_name(
+    study: Path, tmp_path: Path
+) -> None:
+    plan = load_experiment(study)
+    cell = cells_of(plan)[0] | {"settings": "another"}
+    searches = _Searches(plan, tmp_path, Progress(StringIO()), 1)
+    with pytest.raises(ValueError, match="were changed during the experiment"):
+        searches(cell)
+
+
+def test_streamed_models_are_not_ranked_by_several_workers(study: Path, tmp_path: Path) -> None:
+    """They would write to the files that the others read."""
+    file = tmp_path / "streamed.yaml"
+    settings = {"settings": {"memory": "streamed"}}
+    file.write_text(yaml.safe_dump(yaml.safe_load(study.read_text()) | settings))
+    results = str(tmp_path / "x.jsonl")
+    arguments = ["experiment", str(file), "--out", str(tmp_path / "x"), "--results", results]
+    said = CliRunner().invoke(main, [*arguments, "--workers", "2"])
+    assert said.exit_code == 2
+    assert "memory: got streamed; allowed with --workers: whole" in said.output
+    alone = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert alone.exit_code == 0
+    assert not [*(tmp_path / "x").rglob("scratch")]

@@ -57,6 +57,16 @@ def test_one_plan_is_no_search_and_sets_no_limit() -> None:
     assert study.limit == 10
     assert study.values("uniform") == {("m", "b", 0): 1.7}
     assert _study([one], {"uniform": "classical"}).limit == 1
+    one["figures"] |= {"evaluations": 4.75, "plans": 1}  # with probes before it
+    assert _study([*COURSES, one], ROLES | {"uniform": "classical"}).limit == 10
+
+
+def test_a_control_of_one_plan_is_not_there_later_than_it_is() -> None:
+    """It has spent one evaluation, the arm five until it is as good."""
+    one = _row("uniform", 0, 0, [(1, 0, 0.6)])
+    one["figures"] |= {"evaluations": 1.0, "plans": 1}
+    study = _study([*COURSES, one], ROLES | {"uniform": "classical"})
+    assert study.sooner("wordy", "uniform") == pytest.approx(1 / 5)
 
 
 def test_sooner_is_read_off_the_mean_course() -> None:

@@ -62,7 +62,7 @@ def test_numbers_and_limits_are_there() -> None:
     _, body = _card(data)
     for wanted in (
         "134,515,008 | 102,654,272",
-        "passages | 17.42 | 29.86",
+        "passages, windows of 256 tokens | 17.42 | 29.86",
         "boolq, accuracy, 40 items, validation | 60.25 % | 55.00 %",
         "hellaswag, accuracy, 40 items, validation | 42.50 % | 37.50 %",
         "mean accuracy | 49.32 % | 45.00 %",

@@ -74,8 +74,17 @@ def test_a_worker_that_ends_while_it_is_interrupted_stops_nobody() -> None:
 def test_a_refusal_comes_through_as_one() -> None:
     from analytic_cells import square_or_refuse
 
-    with pytest.raises(ValueError, match="n: got 1"):
-        list(in_workers([{"n": n} for n in range(3)], Processes(square_or_refuse, 2), print))
+    with pytest.raises(ValueError, match="--workers: got 'none'"):
+        list(in_workers([{"n": n} for n in range(2)], Processes(square_or_refuse, 2), print))
+
+
+def test_a_defect_in_a_worker_is_no_refusal() -> None:
+    """What a library refuses is ours to mend: it ends in a traceback, not in one line."""
+    from analytic_cells import square_or_refuse
+
+    with pytest.raises(RuntimeError, match="ValueError: operands could not") as error:
+        list(in_workers([{"n": 2}], Processes(square_or_refuse, 1), print))
+    assert "square_or_refuse" in str(error.value.__cause__)  # the worker's traceback
 
 
 @pytest.fixture
