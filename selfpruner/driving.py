@@ -33,13 +33,21 @@ def check_drivers(chain: Sequence[Endpoint]) -> None:
             _check_endpoint(settings)
         if settings.kind == "replay":
             _replay(settings)
-        # Where a port is named a server may be there, which needs no program here.
-        wanted = settings.python or "vllm"
-        if settings.kind == "vllm" and settings.port is None and not shutil.which(wanted):
-            raise ValueError(
-                f"driver.python: {wanted}: no such program; `make venv-vllm` builds an "
-                "environment with vLLM, driver.python is its interpreter"
-            )
+        if settings.kind == "vllm":
+            _check_server(settings)
+
+
+def _check_server(settings: Endpoint) -> None:
+    """Refuse a server that is neither there, at the port that is named, nor can be started."""
+    from agent.drivers.vllm_server import is_healthy
+
+    wanted = settings.python or "vllm"
+    is_there = settings.port is not None and is_healthy(settings.port)
+    if not is_there and not shutil.which(wanted):
+        raise ValueError(
+            f"driver.python: {wanted}: no such program; `make venv-vllm` builds an "
+            "environment with vLLM, driver.python is its interpreter"
+        )
 
 
 def _check_endpoint(settings: Endpoint) -> None:

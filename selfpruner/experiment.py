@@ -78,14 +78,10 @@ def run_experiment(
     _check_budgets(plan)
     cells = cells_of(plan)
     folder.mkdir(parents=True, exist_ok=True)
-    with RunFolder(folder).locked(), terminable(), _goes_on(progress):
+    with RunFolder(folder).locked(), terminable(), _goes_on(progress), _without_scratch(folder):
         if workforce.is_alone:
             searches = _Searches(plan, folder, progress, workforce.threads)
-            try:
-                rows = run_cells(results, cells, searches)
-            finally:
-                for arena in folder.glob("*/arena*"):  # of models that are streamed
-                    shutil.rmtree(RunFolder(arena).scratch, ignore_errors=True)
+            rows = run_cells(results, cells, searches)
         else:
             work = partial(_in_worker, path.resolve(), folder.resolve(), workforce.threads)
             on_gpus = resolved_device(plan.base) == "cuda"
@@ -123,6 +119,16 @@ def _goes_on(progress: Progress) -> Iterator[None]:
     except KeyboardInterrupt:
         progress.note("the same command goes on where it stopped")
         raise
+
+
+@contextmanager
+def _without_scratch(folder: Path) -> Iterator[None]:
+    """Remove at the end what arenas of streamed models have written."""
+    try:
+        yield
+    finally:
+        for arena in folder.glob("*/arena*"):
+            shutil.rmtree(RunFolder(arena).scratch, ignore_errors=True)
 
 
 def cells_of(plan: Experiment) -> list[Cell]:

@@ -148,7 +148,7 @@ class VllmServer:
 
     def _adopt(self) -> bool:
         """Return whether a healthy server with a model answers at the port; take its word."""
-        if _get(self._port, "/health") is None:
+        if not is_healthy(self._port):
             return False
         with suppress(ValueError, LookupError, TypeError, AttributeError):  # it may be anything
             model = json.loads(_get(self._port, "/v1/models") or b"")["data"][0]
@@ -193,7 +193,7 @@ class VllmServer:
         """Return what went wrong, empty when the server answers."""
         started = time.monotonic()
         while (status := process.poll()) is None:
-            if _get(self._port, "/health") is not None:
+            if is_healthy(self._port):
                 return ""
             waited = time.monotonic() - started
             if waited >= limit:
@@ -234,6 +234,11 @@ def _free_port(port: int) -> int:
             reason = f"{error.strerror}, and no healthy server with a model answers there"
             raise DriverError(f"driver.port: {port}: {reason}") from error
         return int(probe.getsockname()[1])
+
+
+def is_healthy(port: int) -> bool:
+    """Return whether a server on this machine answers at `port` that it is well."""
+    return _get(port, "/health") is not None
 
 
 def _get(port: int, path: str) -> bytes | None:

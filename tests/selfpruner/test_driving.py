@@ -37,9 +37,14 @@ def test_what_is_not_there_is_refused(settings: dict[str, str], message: str) ->
         assert "\n" not in str(refusal.value)
 
 
-def test_a_server_that_may_be_there_needs_no_program() -> None:
-    settings = {"kind": "vllm", "python": "gone/python", "port": 8000}
-    check_drivers(DriverSettings.model_validate(settings).chain)
+def test_a_server_that_is_there_needs_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"kind": "vllm", "python": "gone/python", "port": 8123}
+    chain = DriverSettings.model_validate(settings).chain
+    monkeypatch.setattr(vllm_server, "is_healthy", lambda port: port == 8123)
+    check_drivers(chain)
+    monkeypatch.setattr(vllm_server, "is_healthy", lambda _: False)
+    with pytest.raises(ValueError, match="gone/python: no such program"):
+        check_drivers(chain)
 
 
 def test_what_could_not_be_called_is_refused(
