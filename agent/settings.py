@@ -131,7 +131,7 @@ class SearchSettings(BaseModel):
     slopes: int = Field(
         4,
         ge=1,
-        description="descent: sequences on which the slopes of the best plan are measured after "
+        description="descent: sequences on which the slopes of the best plan are measured before "
         "each generation; one counts as five sequences of a plan",
     )
     calls: int | None = Field(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pruning.backward import backward
 from pruning.families import Family, run_attention, run_layer, run_mlp
+from pruning.gram import filled, products
 from pruning.reconstruction.damping import factored
 from pruning.spool import Spool, Tensors, held
 
@@ -116,7 +117,7 @@ class _Fisher:
         """Add a micro-batch; products in float32."""
         rows = gradient_BTD.flatten(0, 1)
         rows = rows if rows.dtype == torch.float64 else rows.float()
-        self._total = rows.T @ rows + self._total.to(rows)
+        self._total = products(rows) + self._total.to(rows)
         self._count += len(rows)
 
     def root(self) -> Tensor:
@@ -127,7 +128,7 @@ class _Fisher:
         """
         if not bool(self._total.isfinite().all()):
             raise ValueError("pruning.fisher_tokens: a gradient is not finite; try dtype: float32")
-        half = self._total.double() / (2 * self._count)
+        half = filled(self._total.double() / (2 * self._count))
         level = float(half.diagonal().mean())
         factor, _ = factored(half, _DAMPING * level if level > 0 else _DAMPING)
         return factor.T.to(self._total.dtype).contiguous()

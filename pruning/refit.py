@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.families import Family, run_attention, run_mlp
+from pruning.gram import filled, products
 from pruning.ranking import Order, head_rows
 from pruning.statistics import inputs_of, is_held_out
 
@@ -43,7 +44,10 @@ _DEAD = 1e-12  # least weight of a channel in the ridge, as a share of the mean 
 
 @dataclass
 class CrossMoments:
-    """Sums x x', y x' and y y over tokens, x with a constant 1 appended where there is a bias."""
+    """Sums x x', y x' and y y over tokens, x with a constant 1 appended where there is a bias.
+
+    Of `xx` what `gram.filled` fills is still missing.
+    """
 
     with_bias: bool
     xx: Tensor | float = 0.0
@@ -57,7 +61,7 @@ class CrossMoments:
         x, y = x_BTN.flatten(0, 1).to(wide), y_BTD.flatten(0, 1).to(wide)
         if self.with_bias:
             x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-        self.xx = x.T @ x + self.xx
+        self.xx = products(x) + self.xx
         self.yx = y.T @ x + self.yx
         self.yy += float(y.square().sum(dtype=torch.float64))
         self.count += len(x)
@@ -72,7 +76,8 @@ class CrossMoments:
         """Return E[x x'], E[y x'] in float64 and E|y|^2."""
         assert isinstance(self.xx, Tensor)
         assert isinstance(self.yx, Tensor)
-        return self.xx.double() / self.count, self.yx.double() / self.count, self.yy / self.count
+        xx = filled(self.xx.double() / self.count)
+        return xx, self.yx.double() / self.count, self.yy / self.count
 
     def merged(self, other: CrossMoments) -> CrossMoments:
         """Return the moments over the tokens of both."""

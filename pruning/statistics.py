@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.families import Family, run_attention, run_mlp
+from pruning.gram import add_products, filled, products
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Moments:
         x = x if x.dtype == torch.float64 else x.float()
         self.total = x.sum(0, dtype=torch.float64) + self.total
         self.square = x.square().sum(0, dtype=torch.float64) + self.square
-        self.gram = x.T @ x if self.gram is None else self.gram.addmm_(x.T, x)
+        self.gram = products(x) if self.gram is None else add_products(self.gram, x)
         self.count += x.shape[0]
 
     def add_residual(self, r_BTD: Tensor) -> None:
@@ -116,7 +117,7 @@ class Moments:
             self.count,
             self.total / self.count,
             self.square / self.count,
-            self.gram / self.count,
+            filled(self.gram / self.count),
             float(torch.cat(self.energies).median()),
         )
 

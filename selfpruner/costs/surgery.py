@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pruning.architecture import Architecture
+from pruning.gram import products_per_token
 from selfpruner.config import PruningSettings
 from selfpruner.costs.work import Work
 
@@ -42,14 +43,17 @@ class Shapes:
 
 
 def gram(shapes: Shapes, tokens: float) -> Work:
-    """Return the Gram matrices of all inputs: 2 T N^2 a projection, in float32."""
-    return Work(flops=shapes.over_layers(lambda _, n: 2 * tokens * n * n))
+    """Return the Gram matrices of all inputs, 2 T N^2 each in float32, of wide ones less."""
+    return Work(flops=shapes.over_layers(lambda _, n: 2 * tokens * products_per_token(n)))
 
 
 def curvature(shapes: Shapes, tokens: float) -> tuple[Work, ...]:
-    """Return the Fisher matrices of all outputs, 2 T O^2 each in float32, and their roots."""
+    """Return the Fisher matrices of all outputs and their roots.
+
+    2 T O^2 each in float32, of wide ones less.
+    """
     return (
-        Work(flops=shapes.over_layers(lambda o, _: 2 * tokens * o * o)),
+        Work(flops=shapes.over_layers(lambda o, _: 2 * tokens * products_per_token(o))),
         Work(
             flops=shapes.over_layers(lambda o, _: o**3 / 3),
             precision="float64",
@@ -95,12 +99,18 @@ def cuts(shapes: Shapes, kept: float, plans: float) -> Work:
 def refit(shapes: Shapes, kept: Sequence[float], tokens: float) -> tuple[Work, ...]:
     """Return moments and ridge solutions of every pruned model, a share kept each.
 
-    Moments 2 T k (k + O) in float32; then, in float64, a factor k^3 / 3 and a solution 2 O k^2 for
-    each of five ridges and for the one that is taken, and the held-out error 2 O k^2 of the five.
+    Moments 2 T k (k + O) in float32, of wide ones less; then, in float64, a factor k^3 / 3 and a
+    solution 2 O k^2 for each of five ridges and for the one that is taken, and the held-out error
+    2 O k^2 of the five.
     """
     times = REFIT_RIDGES + 1
     return (
-        Work(flops=sum(shapes.over_layers(lambda o, k: 2 * tokens * k * (k + o), x) for x in kept)),
+        Work(
+            flops=sum(
+                shapes.over_layers(lambda o, k: 2 * tokens * (products_per_token(k) + k * o), x)
+                for x in kept
+            )
+        ),
         Work(
             flops=sum(
                 shapes.over_layers(lambda o, k: times * (k**3 / 3 + 2 * o * k * k), x) for x in kept
