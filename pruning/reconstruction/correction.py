@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,8 +20,6 @@ from torch import Tensor
 from pruning.reconstruction.damping import centred, damped_factor
 from pruning.spool import Keep, held
 from pruning.statistics import BlockStatistics
-
-Reconstruction = Literal["none", "bias", "least_squares"]
 
 
 @dataclass(frozen=True)
