@@ -64,7 +64,7 @@ class Disguise:
 
     @property
     def is_about_fitness(self) -> bool:
-        """Whether candidates are told with the fitness of others."""
+        """Whether candidates are told with each other's fitness, in a random order."""
         return self.placebo == "fitness"
 
     def lenders(self, shown: Iterable[Candidate], generation: int) -> dict[int, Candidate]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
-from typing import Annotated, Literal, Self, cast, get_args
+from typing import Literal, Self, cast, get_args
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -111,8 +111,8 @@ class SearchSettings(BaseModel):
         ge=1,
         le=1_000_000,
         description="limit on full evaluations, all generations; a plan that drops out of a race "
-        "counts for the share of the sequences that it has seen, and the first plan counts again "
-        "in every window",
+        "counts for the share of the sequences that it has seen, the plan that a window compares "
+        "with counts again in every window, and so do slopes and probes",
     )
     racing: RacingSettings = Field(RacingSettings(), description="when a plan is scored no further")
     probes: int = Field(
@@ -153,7 +153,7 @@ class SearchSettings(BaseModel):
         "genetic",
         description="classical operators of hybrid, and of llm where a reply cannot be used",
     )
-    llm_share: Annotated[float, Field(ge=0, le=1)] | Literal["learned"] = Field(
+    llm_share: float | Literal["learned"] = Field(
         0.5, description="hybrid: share of proposals that the LLM makes, or learned as it goes"
     )
     seed_plan: bool = Field(True, description="one heuristic plan in the first generation")
@@ -164,13 +164,27 @@ class SearchSettings(BaseModel):
     )
     min_rate: float = Field(0.0, ge=0, lt=1, description="least removed share of a block")
     max_rate: float = Field(0.9, gt=0, le=1, description="largest removed share of a block")
-    shown: int = Field(3, ge=1, le=100, description="candidates listed in a prompt")
+    shown: int = Field(
+        3,
+        ge=1,
+        le=100,
+        description="candidates listed in a prompt, and parents where an LLM is asked, which "
+        "chooses them from twice as many",
+    )
     finalists: int = Field(
         3,
         ge=1,
         le=1000,
         description="best candidates that are scored on fresh tokens, beside the first plan",
     )
+
+    @field_validator("llm_share", mode="before")
+    @classmethod
+    def _share_or_learned(cls, share: object) -> object:
+        is_number = isinstance(share, int | float) and not isinstance(share, bool)
+        if share == "learned" or (is_number and 0 <= share <= 1):  # type: ignore[operator]
+            return share
+        raise ValueError(f"got {share!r}; allowed: learned, or 0 to 1")
 
     @property
     def asks_llm(self) -> bool:
@@ -291,8 +305,8 @@ class Endpoint(BaseModel):
         None,
         gt=0,
         le=1,
-        description="vllm: share of the memory of its GPU that a server of our own takes, less "
-        "where the run computes there too; null: what vLLM takes, nine tenths",
+        description="vllm: share of the memory of its GPU that a server of our own takes; choose "
+        "less where the run computes there too; null: what vLLM takes, nine tenths",
     )
     start_seconds: float = Field(600.0, gt=0, description="vllm: longest wait for the server")
     recording: str | None = Field(None, min_length=1, description="replay: path of an llm.jsonl")
@@ -310,7 +324,9 @@ class Endpoint(BaseModel):
         except ValueError as error:
             raise ValueError(f"allowed after the host: a port; {error}") from None
         if parts.username or parts.password or parts.query:
-            raise ValueError("a key does not belong into the address; name it in key_variable")
+            raise ValueError(
+                "allowed: an address without user, password or query; key_variable names a key"
+            )
         return url
 
     @field_validator("key_variable")

@@ -1,12 +1,17 @@
 """Sums of x x' over tokens. They are symmetric: of a wide one little more than half is computed.
 
 Rows are taken in panels, from the panel's own columns on; what lies before is mirrored once the
-sums are complete. A sum of one panel is a single product. Shapes: T tokens, N channels.
+sums are complete. A sum of one panel is a single product. What `plan` counts needs no torch.
+
+Shapes: T tokens, N channels.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PANEL = 2048  # rows of a product; fewer leave fast kernels little to do
 

@@ -101,7 +101,7 @@ def _paint_fitness(rows: Sequence[HistoryRow], figure: Any, narrow: bool) -> Non
     cut = sum(x > top for x in values)
     note = f"; {cut} above {top:.3g} at the top edge" if cut else ""
     lines = "" if narrow else " (upright lines part generations)"
-    axes.set_xlabel(f"evaluations{lines}{note}")
+    axes.set_xlabel(f"plans scored{lines}{note}")
     axes.grid(axis="y")
     axes.tick_params(length=0)
     whole_ticks(axes.xaxis, 5 if narrow else 10)

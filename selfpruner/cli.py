@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from selfpruner.workforce import Workforce
 
 main = typer.Typer(
-    help="Compress a pretrained LLM by structured pruning that an LLM drives.",
+    help="Compress a pretrained LLM by structured pruning that an LLM can drive.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -43,7 +43,9 @@ _Workers = Annotated[
 ]
 _Threads = Annotated[
     int | None,
-    typer.Option(min=1, help="Of each worker; the cores shared out by default."),
+    typer.Option(
+        min=1, help="Of each worker; by default the cores shared out, on Ray as many as here."
+    ),
 ]
 
 
@@ -195,7 +197,8 @@ def export(
     dtype: Annotated[
         Literal["bf16", "f32", "f16", "q8_0"] | None,
         typer.Option(
-            help="Of the matrices; by default f16 in a GGUF file, and what it is in a folder."
+            help="Of the matrices: in a GGUF file f16, f32 or q8_0, by default f16; in a folder "
+            "bf16, f16 or f32, by default what a folder has and bf16 of any other model."
         ),
     ] = None,
     out: Annotated[

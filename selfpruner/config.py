@@ -80,7 +80,8 @@ class RunConfig(Settings):
         unknown = [name for name in weights if name not in FITNESSES]
         if unknown or not any(weights.values()):
             raise ValueError(
-                f"got {weights}; allowed: positive weights over {', '.join(FITNESSES)}"
+                f"got {weights}; allowed: weights of at least 0, one of them above, "
+                f"over {', '.join(FITNESSES)}"
             )
         return weights
 
@@ -198,14 +199,22 @@ class RunConfig(Settings):
 def unstreamable(config: RunConfig) -> str | None:
     """Return the first setting that needs the whole dense model in memory, None where none does."""
     asks, own = config.search.asks_llm, (None, config.model)
-    drivers = [x.kind for x in config.driver.chain if asks and x.model in own]
+    places = ("driver", *(f"driver.fallbacks.{i}" for i in range(len(config.driver.fallbacks))))
+    pairs = zip(places, config.driver.chain, strict=True)
+    # Where the first driver of each kind stands that is the model itself.
+    drivers = {x.kind: place for place, x in reversed(list(pairs)) if asks and x.model in own}
     needs: tuple[tuple[str, object, str, bool], ...] = (
         ("pruning.statistics", "sequential", "frozen", config.pruning.statistics != "frozen"),
         ("pruning.calibration", "auto", "all", config.pruning.calibration != "all"),
         ("data.choices", config.data.choices, "0", config.data.choices > 0),
-        ("driver.kind", "embedded", "another, or another driver.model", "embedded" in drivers),
         (
-            "driver.model",
+            f"{drivers.get('embedded')}.kind",
+            "embedded",
+            "another, or another model beside it",
+            "embedded" in drivers,
+        ),
+        (
+            f"{drivers.get('vllm')}.model",
             None,
             "a folder or another model",
             "vllm" in drivers and not Path(config.model).is_dir(),

@@ -26,15 +26,29 @@ def check_drivers(chain: Sequence[Endpoint]) -> None:
         ValueError: a model, a recording or the program of a vLLM server is not there, or there can
             be no such address or key; one line.
     """
-    for settings in chain:
-        if settings.kind in ("embedded", "vllm") and settings.model is not None:
-            _check_model(settings.model)
-        if settings.kind == "api":
-            _check_endpoint(settings)
-        if settings.kind == "replay":
-            _replay(settings)
-        if settings.kind == "vllm":
-            _check_server(settings)
+    for number, settings in enumerate(chain):
+        try:
+            _check_driver(settings)
+        except ValueError as error:
+            if number == 0:
+                raise
+            place, text = f"driver.fallbacks.{number - 1}", str(error)
+            here = text.startswith("driver.")
+            raise ValueError(
+                f"{place}{text.removeprefix('driver')}" if here else f"{place}: {text}"
+            ) from None
+
+
+def _check_driver(settings: Endpoint) -> None:
+    """Refuse a driver that cannot be opened, as if it were the first."""
+    if settings.kind in ("embedded", "vllm") and settings.model is not None:
+        _check_model(settings.model)
+    if settings.kind == "api":
+        _check_endpoint(settings)
+    if settings.kind == "replay":
+        _replay(settings)
+    if settings.kind == "vllm":
+        _check_server(settings)
 
 
 def _check_server(settings: Endpoint) -> None:

@@ -37,8 +37,12 @@ class ExperimentConfig(Settings):
     matrix: dict[str, tuple[Any, ...]] = Field(
         default_factory=dict, description="values by setting; every combination is an arm more"
     )
-    roles: dict[str, Role] = Field(default_factory=dict, description="of arms; others are told")
-    control: str | None = Field(None, description="arm that others are compared with; null: best")
+    roles: dict[str, Role] = Field(
+        default_factory=dict, description="of arms; those of others follow from their settings"
+    )
+    control: str | None = Field(
+        None, description="arm that others are compared with; null: best classical"
+    )
 
 
 @dataclass(frozen=True)

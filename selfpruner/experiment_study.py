@@ -237,7 +237,8 @@ class Study:
                 return False, f"{arm}: its placebo {name} keeps the gain: {_gain(against[name])}."
             if not removed[arm, name].is_gain:
                 return False, f"{arm}: it does not beat its placebo: {_doubt(removed[arm, name])}"
-        return True, f"{arm}: {_gain(found)}; {' and '.join(placebos)} removes the gain."
+        removes = "removes" if len(placebos) == 1 else "remove"
+        return True, f"{arm}: {_gain(found)}; {' and '.join(placebos)} {removes} the gain."
 
     def _lack(self, arm: str, removed: Mapping[tuple[str, str], Comparison]) -> str | None:
         """Return what is not finished yet of the rivals and the placebos of an arm."""

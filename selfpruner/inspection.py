@@ -13,6 +13,7 @@ from evaluators.tasks import MEAN_CONVENTION, TaskScore, mean_accuracy
 from pruning.loading import load, load_spread, whereabouts
 from selfpruner import judge
 from selfpruner.config import EvaluationSettings, RunConfig
+from selfpruner.notation import p_value
 from selfpruner.progress import Progress
 from selfpruner.settings import Task
 from selfpruner.workbench import resolved_device, resolved_dtype, settle_process
@@ -55,8 +56,8 @@ def evaluate_command(
         table.add_column(heading, justify="left" if heading == "task" else "right")
     for task in tasks:
         found = [x[task] for x in scores.values()]
-        p_value = [f"{p_values[task]:.3f}"] if p_values else []
-        table.add_row(task, str(found[0].n), *(_shown(x) for x in found), *p_value)
+        p_cells = [p_value(p_values[task])] if p_values else []
+        table.add_row(task, str(found[0].n), *(_shown(x) for x in found), *p_cells)
     table.add_row("mean", "", *(f"{100 * mean_accuracy(x):.2f}" for x in scores.values()))
     console = Console()
     console.print(table)

@@ -37,8 +37,21 @@ def model_card(results: Results, stock: bool) -> str:
     return environment.get_template("model_card.md.j2").render(
         front_matter=Markup(_front_matter(results)),
         results=results,
+        removed=_removed(results),
         stock=stock,
     )
+
+
+def _removed(results: Results) -> str:
+    """Return in words of which units some layer has lost any."""
+    dense, units = results.units_dense, results.units
+    lost = {
+        "KV groups": any(x.kv_groups < dense.kv_groups for x in units),
+        "query heads": any(x.q_per_group < dense.q_per_group for x in units),
+        "MLP channels": any(x.mlp_channels < dense.mlp_channels for x in units),
+    }
+    *others, last = [name for name, is_lost in lost.items() if is_lost] or ["no units"]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _front_matter(results: Results) -> str:

@@ -16,6 +16,11 @@ def whole(value: int | None) -> str:
     return MISSING if value is None else f"{value:,}"
 
 
+def counted(count: int, word: str) -> str:
+    """Return `1 plan` or `12 plans`."""
+    return f"{whole(count)} {word}{'' if count == 1 else 's'}"
+
+
 def short(value: float) -> str:
     """Return a count in thousands, millions, ...: `134.5 M`."""
     return _scaled(value, _DECIMAL, "")
@@ -40,7 +45,7 @@ def read_size(value: object) -> object:
     except ValueError:
         amount = math.nan
     if found is None or math.isnan(amount):
-        raise ValueError(f"got {value!r}; allowed: bytes, or a number with B, kB, MB, GB, MiB, GiB")
+        raise ValueError(f"got {value!r}; allowed: bytes, or a number with B, kB to TB, KiB to TiB")
     power = "BKMGT".index(found[2][0].upper())
     return amount * (1024 if "i" in found[2] else 1000) ** power
 
@@ -48,7 +53,7 @@ def read_size(value: object) -> object:
 def amount(value: float, kind: str) -> str:
     """Return a budget's target or what was achieved, in the unit of its kind."""
     if kind == "speedup":
-        return f"{times(value)} the speed"
+        return f"a predicted {times(value)} the speed"
     if kind == "memory":
         return size(value)
     if value <= 1:
@@ -90,7 +95,7 @@ def times(ratio: float | None) -> str:
 
 def duration(seconds: float) -> str:
     """Return seconds as `2.31 s`, `6 min 53 s` or `3 h 05 min`."""
-    if seconds < 100:
+    if round(seconds, 2) < 100:
         return f"{seconds:.2f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
@@ -106,13 +111,14 @@ def clip(text: str, most: int) -> str:
 
 def _scaled(value: float, steps: tuple[tuple[float, str], ...], plain: str) -> str:
     for factor, name in steps:
-        if abs(value) >= factor:
+        if abs(value) >= 0.99995 * factor:  # 999.96 M would be written as 1000.0 M
             return f"{value / factor:.1f} {name}"
     return f"{value:.0f}{plain}"
 
 
 FILTERS: dict[str, Callable[..., str]] = {
     "whole": whole,
+    "counted": counted,
     "short": short,
     "size": size,
     "amount": amount,

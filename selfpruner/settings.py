@@ -136,8 +136,9 @@ class PruningSettings(Settings):
     that share every layer). It says which numbers of heads are kept, and in steps of how many
     channels (32, 128, 256 and 128 N) where `step` is null; a null target is `tensor-cores` for a
     run on a GPU and `cpu` for one without.
-    `fisher_tokens`: with how many calibration tokens, at most, the curvature of the predictions is
-    measured, by which units are ranked and cuts compared; 0: by the error of a block's output.
+    `fisher_tokens`: with how many calibration tokens, at most and in whole windows, but at least
+    one, the curvature of the predictions is measured, by which units are ranked and cuts compared;
+    0: by the error of a block's output.
     `refit_target` is what the refit of a block imitates: the dense residual stream, or the output
     of the dense block.
     """

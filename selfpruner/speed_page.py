@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evaluators.engines import EngineReport
-from selfpruner.notation import MISSING, number, percent, size, times, whole
+from selfpruner.notation import MISSING, counted, number, percent, size, times, whole
 from selfpruner.report import page_environment, write_page
 from selfpruner.speed import PREFILL_TARGET, Line, SpeedReport
 
@@ -112,13 +112,15 @@ def cards(report: SpeedReport) -> list[tuple[str, str, str]]:
 def notes(report: SpeedReport) -> list[str]:
     """Return how the figures were made and how they are to be read."""
     settings = report.settings
+    repeats, threads = counted(settings.repeats, "repeat"), counted(settings.threads, "thread")
     said = [
-        f"Medians of up to {settings.repeats} repeats after {settings.warmup} untimed, random "
-        "prompts, models in turn; decode is one step. Quartiles are over repeats.",
-        f"{settings.threads} threads a process, {settings.dtype} (llama.cpp: what the file has). "
-        "batch x tokens: sequences side by side, and the prompt of each.",
+        f"Medians of up to {repeats} after {settings.warmup} untimed, random prompts, models in "
+        "turn; decode is one step. Quartiles are over repeats.",
+        f"{threads} a process, {settings.dtype} (llama.cpp: what the file has). batch x tokens: "
+        "sequences side by side, and the prompt of each.",
     ]
     if settings.device == "cuda":
+        said.append("llama.cpp runs on the CPU, in small sizes where none are asked for.")
         said.append(
             "transformers runs eagerly here: at small batches kernel launches, which narrower "
             "layers do not spare, bound a decode step."

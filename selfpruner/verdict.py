@@ -81,7 +81,7 @@ def verdict(
     Their bytes are those in the dtype of the export: of what pruning alone saves. What is streamed
     is let go of before the tasks.
     """
-    bytes_per_weight = pruned.dtype.itemsize
+    bytes_per_weight, ledger = pruned.dtype.itemsize, Ledger(folder.path)
     sizes = {"dense": judge.sizes(bench.model), "pruned": judge.sizes(pruned)}
     models = {"dense": bench.model, "pruned": cast_parameters(pruned, bench.model.dtype)}
     quality = _quality(bench, models, folder, progress)
@@ -105,7 +105,7 @@ def verdict(
             achieved=bench.achieved(outcome.selected.plan),
         ),
         recipe=bench.config.recipe,
-        search=_search_numbers(bench.config, outcome),
+        search=_search_numbers(bench.config, outcome, ledger),
         quality=quality,
         speed=Speed(rows=rows),
         memory=Memory(
@@ -118,7 +118,7 @@ def verdict(
             q_per_group=bench.architecture.q_per_group,
             mlp_channels=bench.architecture.mlp,
         ),
-        history=_history(Ledger(folder.path)),
+        history=_history(ledger),
         generations=tuple(GenerationRow(**x) for x in outcome.found.generations),
         front=outcome.front,
         controls=dict(outcome.controls),
@@ -128,7 +128,7 @@ def verdict(
         warnings=outcome.warnings,
         macs=_macs(bench, outcome.selected.plan),
         evaluation=_evaluation(bench),
-        environment=json.loads(json.dumps(environment(bench.config.seed))),
+        environment=json.loads(json.dumps(environment(bench.config.seed) | _judged_on(bench))),
     )
 
 
@@ -180,13 +180,25 @@ def _spread_tasks(
     return judge.tasks(model, bench.tokenizer, settings, config.seed, progress, label)
 
 
-def _search_numbers(config: RunConfig, outcome: Outcome) -> SearchNumbers:
+def _judged_on(bench: Workbench) -> dict[str, str]:
+    """Return how both models were judged: as they were when the search ran."""
+    head = bench.family.head(bench.model)
+    return {"dtype": str(head.dtype).removeprefix("torch."), "device": head.device.type}
+
+
+def _driver(config: RunConfig, ledger: Ledger) -> str:
+    """Return the kinds of drivers, and the models by which they replied, in order."""
+    kinds = ", then ".join(x.kind for x in config.driver.chain)
+    models = dict.fromkeys(x.model for x in ledger.lines() if x.reply is not None and x.model)
+    return f"{kinds}: {', '.join(models) or 'no reply'}"
+
+
+def _search_numbers(config: RunConfig, outcome: Outcome, ledger: Ledger) -> SearchNumbers:
     found = outcome.found
     asks_llm, placebo = config.search.asks_llm, config.search.placebo
-    driver = ", then ".join(f"{x.kind}: {x.model or config.model}" for x in config.driver.chain)
     return SearchNumbers(
         allocator=config.search.allocator,
-        driver=driver if asks_llm else None,
+        driver=_driver(config, ledger) if asks_llm else None,
         strategy=config.search.strategy if asks_llm else None,
         placebo=placebo if asks_llm and placebo != "none" else None,
         evaluations=found.evaluations,

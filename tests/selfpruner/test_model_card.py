@@ -117,3 +117,34 @@ def test_a_placebo_is_named() -> None:
     data["search"]["placebo"] = "layers"
     assert "under the placebo layers (a control)" in _card(data)[1]
     assert "placebo" not in _card(_sample())[1]
+
+
+@pytest.mark.parametrize(
+    ("kept", "words"),
+    [
+        ({"mlp_channels": 32}, "MLP channels were removed. No"),
+        ({"kv_groups": 1}, "KV groups were removed. No"),
+        ({"q_per_group": 1, "mlp_channels": 32}, "query heads and MLP channels were removed. No"),
+        (
+            {"kv_groups": 1, "q_per_group": 1, "mlp_channels": 32},
+            "KV groups, query heads and MLP channels were removed. No",
+        ),
+    ],
+)
+def test_what_was_removed_is_said_of_this_model(kept: dict[str, int], words: str) -> None:
+    data = _sample()
+    data["units"] = [{**x, **data["units_dense"], **kept} for x in data["units"]]
+    assert words in _card(data)[1]
+
+
+def test_layers_that_differ_are_said_to() -> None:
+    assert "were removed, more in some layers than in others. No" in _card(_sample())[1]
+
+
+def test_the_card_tells_in_what_and_on_what_both_were_judged() -> None:
+    data = _sample()
+    assert "judged in" not in _card(data)[1]
+    data["environment"] |= {"dtype": "float32", "device": "cpu", "cpu": "A CPU", "gpus": ["A GPU"]}
+    assert "Both models were judged in float32 on A CPU." in _card(data)[1]
+    data["environment"]["device"] = "cuda"
+    assert "Both models were judged in float32 on A GPU." in _card(data)[1]

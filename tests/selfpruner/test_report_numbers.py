@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from selfpruner.notation import counted, duration, short
 from selfpruner.report import write_report
 
 SAMPLE = Path(__file__).parent / "results_sample.json"
@@ -145,3 +148,21 @@ def test_origins_are_counted_from_the_history(tmp_path: Path) -> None:
     for origin, name in (("llm", "LLM"), ("llm_repaired", "LLM, repaired"),
                          ("fallback", "fallback"), ("classical", "classical")):  # fmt: skip
         assert f"{name} {counts[origin]} {records[origin]} {lowest[origin]:.4f}" in text
+
+
+def test_counts_are_singular_where_there_is_one() -> None:
+    assert counted(1, "plan") == "1 plan"
+    assert counted(1200, "plan") == "1,200 plans"
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [(999.9e6, "999.9 M"), (999.96e6, "1.0 B"), (999.94, "1000"), (134_515_008, "134.5 M")],
+)
+def test_rounding_does_not_leave_the_unit(value: float, written: str) -> None:
+    assert short(value) == written
+
+
+def test_a_minute_and_more_is_written_as_such() -> None:
+    assert duration(99.99) == "99.99 s"
+    assert duration(99.996) == "1 min 40 s"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from agent.ledger import Ledger, LlmLine
 from selfpruner.config import CONFIGS, load_config
 from selfpruner.results import NORMALISED, Difference, Results
 from selfpruner.verdict import _search_numbers
@@ -50,17 +51,55 @@ def test_python_lists_and_whole_floats_are_accepted() -> None:
     [("hybrid", "none", None), ("hybrid", "fitness", "fitness"), ("genetic", "fitness", None)],
 )
 def test_a_placebo_is_that_of_a_search_with_an_llm(
-    allocator: str, placebo: str, want: str | None
+    tmp_path: Path, allocator: str, placebo: str, want: str | None
 ) -> None:
     settings = [f"search.allocator={allocator}", f"search.placebo={placebo}"]
     config = load_config(CONFIGS / "demo.yaml", settings=settings)
+    assert _search_numbers(config, _outcome(), Ledger(tmp_path)).placebo == want
+
+
+def test_the_driver_is_told_by_who_replied(tmp_path: Path) -> None:
+    settings = [
+        "driver={kind: api, base_url: http://host/v1, fallbacks: [{kind: embedded}]}",
+        "search.allocator=hybrid",
+    ]
+    config, ledger = load_config(CONFIGS / "demo.yaml", settings=settings), Ledger(tmp_path)
+
+    def driver() -> str | None:
+        return _search_numbers(config, _outcome(), ledger).driver
+
+    assert driver() == "api, then embedded: no reply"
+    for slot, (model, reply) in enumerate([("gone", None), ("big", "{}"), ("own", "{}")]):
+        ledger.add_line(_line(slot, model, reply))
+    assert driver() == "api, then embedded: big, own"
+
+
+def _line(slot: int, model: str, reply: str | None) -> LlmLine:
+    return LlmLine(
+        generation=0,
+        slot=slot,
+        operator="generate",
+        attempt=0,
+        call=0,
+        prompt_hash="abc",
+        messages=(),
+        reply=reply,
+        tokens=1,
+        estimated=False,
+        cost=0.0,
+        seconds=0.1,
+        model=model,
+        outcome="accepted" if reply else "failed",
+    )
+
+
+def _outcome() -> Any:
     numbers = {**_sample()["search"], "seconds": 1.0, "lowest_fitness": 0.5}
-    outcome: Any = SimpleNamespace(
+    return SimpleNamespace(
         found=SimpleNamespace(**numbers),
         selected=SimpleNamespace(fitness=0.5),
         selection_fitness=0.6,
     )
-    assert _search_numbers(config, outcome).placebo == want
 
 
 def test_results_are_frozen() -> None:

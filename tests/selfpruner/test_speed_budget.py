@@ -130,4 +130,4 @@ def test_the_picked_plan_is_finished(tiny_run: Path, tmp_path: Path) -> None:
     assert any("front.pick fastest" in x for x in results.warnings)
     assert [(x.phase, x.tokens) for x in results.speed.rows] == [("prefill", 8), ("decode", 8)]
     page = (out / "report.html").read_text()
-    assert "Budget on speedup: asked 1.60\N{MULTIPLICATION SIGN} the speed" in page
+    assert "Budget on speedup: asked a predicted 1.60\N{MULTIPLICATION SIGN} the speed" in page
