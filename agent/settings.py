@@ -181,8 +181,9 @@ class SearchSettings(BaseModel):
     @field_validator("llm_share", mode="before")
     @classmethod
     def _share_or_learned(cls, share: object) -> object:
-        is_number = isinstance(share, int | float) and not isinstance(share, bool)
-        if share == "learned" or (is_number and 0 <= share <= 1):  # type: ignore[operator]
+        if share == "learned":
+            return share
+        if isinstance(share, int | float) and not isinstance(share, bool) and 0 <= share <= 1:
             return share
         raise ValueError(f"got {share!r}; allowed: learned, or 0 to 1")
 
