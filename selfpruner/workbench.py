@@ -209,10 +209,11 @@ def rank(bench: Workbench, progress: Progress) -> Ranked:
     curvature = _curvature(bench, progress)
     ranked = _ranked(bench, curvature, progress)
     measures = curvature or repeat(None, len(ranked.layers))
-    errors = [
-        tuple(layer.cut_errors(bench.grid, measure))
-        for layer, measure in zip(ranked.layers, measures, strict=True)
-    ]
+    errors = []
+    with progress.stage("cut errors", len(ranked.layers)) as advance:
+        for layer, measure in zip(ranked.layers, measures, strict=True):
+            errors.append(layer.cut_errors(bench.grid, measure))
+            advance()
     if bench.config.pruning.statistics == "frozen":
         return ranked, errors
     sequential = SequentialModel(

@@ -10,7 +10,7 @@ Shapes: O output channels, N input channels, k kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +20,8 @@ from torch import Tensor
 from pruning.reconstruction.damping import centred, damped_factor
 from pruning.spool import Keep, held
 from pruning.statistics import BlockStatistics
+
+_ROWS = 512  # of an inverse that are solved for at once: each solve reads the factor anew
 
 
 @dataclass(frozen=True)
@@ -148,12 +150,17 @@ class LeastSquaresCorrection:
         factor = self._kept["factor"].double()
         product = _measured(self._kept["product"], root_OO).double()
         energies, change = _suffix_sums(product.square().sum(0)), torch.zeros_like(product)
-        errors, end = energies.new_zeros(len(cuts)), len(factor)
-        for place in sorted(range(len(cuts)), key=lambda place: -cuts[place]):
-            kept = cuts[place]
-            change[:, :end] += product[:, kept:end] @ _inverse_rows(factor, kept, end)
-            errors[place] = energies[kept] - self._damping * change.square().sum()
-            end = kept
+        errors, settled, end = energies.new_zeros(len(cuts)), energies.new_zeros(()), len(factor)
+        for places in _neighbours(cuts, end):
+            start = cuts[places[-1]]
+            rows = _inverse_rows(factor, start, end)
+            for place in places:
+                kept = cuts[place]
+                change[:, :end] += product[:, kept:end] @ rows[kept - start : end - start, :end]
+                settled += change[:, kept:end].square().sum()  # later cuts change what is before
+                moved = settled + change[:, :kept].square().sum()
+                errors[place] = energies[kept] - self._damping * moved
+                end = kept
         return errors.clamp_min(0)
 
     def slopes(self, cuts: Sequence[int], gradient: OutputGradient) -> Tensor:
@@ -183,6 +190,18 @@ def correction(
     if name == "least_squares":
         return LeastSquaresCorrection(weight_ON, statistics, ridge, keep)
     raise ValueError(f"pruning.reconstruction: got {name!r}, allowed none, bias, least_squares")
+
+
+def _neighbours(cuts: Sequence[int], width: int) -> Iterator[list[int]]:
+    """Yield the places of cuts, the widest first, those between few rows of a factor together."""
+    run, end = list[int](), width
+    for place in sorted(range(len(cuts)), key=lambda place: -cuts[place]):
+        if run and cuts[place] < end - _ROWS:
+            yield run
+            run, end = [], cuts[run[-1]]
+        run.append(place)
+    if run:
+        yield run
 
 
 def _inverse_rows(factor_NN: Tensor, start: int, end: int) -> Tensor:
