@@ -223,3 +223,15 @@ def test_unknown_correction_names_the_known() -> None:
     message = "^pruning.reconstruction: got 'obs', allowed none, bias, least_squares$"
     with pytest.raises(ValueError, match=message):
         correction("obs", torch.tensor(weight), _statistics(x), 0.01)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 100])
+@pytest.mark.parametrize("cuts", [(0, 1, 2, 5, 9, 10), (9, 0, 5, 5, 10), (3,), (10,), ()])
+def test_errors_are_those_of_each_cut_alone(
+    monkeypatch: pytest.MonkeyPatch, rows: int, cuts: tuple[int, ...]
+) -> None:
+    x, weight = _data()
+    found = correction("least_squares", torch.tensor(weight), _statistics(x), 0.1)
+    monkeypatch.setattr("pruning.reconstruction.correction._ROWS", rows)
+    alone = [found.errors([cut]).item() for cut in cuts]
+    assert found.errors(cuts).tolist() == pytest.approx(alone, rel=1e-12)
