@@ -83,6 +83,7 @@ def verdict(
     """
     bytes_per_weight, ledger = pruned.dtype.itemsize, Ledger(folder.path)
     sizes = {"dense": judge.sizes(bench.model), "pruned": judge.sizes(pruned)}
+    judged_on = environment(bench.config.seed) | _judged_on(bench)
     models = {"dense": bench.model, "pruned": cast_parameters(pruned, bench.model.dtype)}
     quality = _quality(bench, models, folder, progress)
     with progress.stage("speed"):
@@ -128,7 +129,7 @@ def verdict(
         warnings=outcome.warnings,
         macs=_macs(bench, outcome.selected.plan),
         evaluation=_evaluation(bench),
-        environment=json.loads(json.dumps(environment(bench.config.seed) | _judged_on(bench))),
+        environment=json.loads(json.dumps(judged_on)),
     )
 
 
