@@ -114,6 +114,8 @@ def test_the_reports_say_the_same(folders: tuple[RunFolder, RunFolder]) -> None:
     )
     assert other.controls.keys() == {"uniform", "uniform_mlp"}
     assert other.refit is not None
+    assert one.environment == other.environment
+    assert other.environment["device"] == "cpu"
     assert not other.speed.rows
     assert not other.samples
     assert folders[1].report.is_file()
