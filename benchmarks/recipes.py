@@ -170,7 +170,8 @@ def _scaled(
         return full
     data = full.data
     roles = ["calibrate", "select"]
-    if full.search.window is not None:  # else an evaluation is all search tokens
+    # In a search without windows an evaluation is all search tokens.
+    if full.search.window is not None or not full.search.searches:
         roles.append("search")
     less = {f"data.{role}.tokens": round(scale * int(getattr(data, role).tokens)) for role in roles}
     report = [x.model_dump() | {"tokens": round(scale * int(x.tokens or 0))} for x in data.report]
