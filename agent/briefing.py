@@ -10,8 +10,9 @@ import json
 import numpy as np
 from numpy.typing import NDArray
 
+from agent import allocators
 from agent.candidate import Candidate
-from agent.projection import Levels
+from agent.projection import Levels, Space
 from agent.state import SearchContext
 
 _LARGEST = 99
@@ -24,9 +25,19 @@ def common(context: SearchContext) -> dict[str, str]:
     return {
         "layers": str(space.layers),
         "last_layer": str(space.layers - 1),
-        "target": f"{100 * (1 - space.target):.0f}",
+        "target": f"{100 * (1 - _kept(space)):.0f}",
         "units": _units(context),
     }
+
+
+def _kept(space: Space) -> float:
+    """Return the share of the blocks' weights that stays where all are cut at one rate.
+
+    Where time or memory is limited it is not the share of the budget.
+    """
+    if space.budget.kind in ("parameters", "bytes"):
+        return space.target
+    return float(space.shares(allocators.uniform(space))[:, 1].mean())
 
 
 def errors(context: SearchContext) -> NDArray[np.int64]:

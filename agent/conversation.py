@@ -27,7 +27,7 @@ _SEED_STREAM = 7_919  # keeps the driver's seeds apart from the classical operat
 
 @dataclass(frozen=True)
 class Question(Generic[T]):
-    """One slot's prompt, the schema of its reply and how to read it.
+    """One slot's prompt, the schema of its reply, a tiny reply, and how to read one.
 
     `interpret` depends on the reply alone and raises ReplyError for one to be repaired.
     """
@@ -36,6 +36,7 @@ class Question(Generic[T]):
     operator: str
     messages: tuple[Message, ...]
     schema: Schema
+    example: str
     interpret: Callable[[str], T]
 
 
@@ -260,7 +261,7 @@ def _repair(
 ) -> Question[T]:
     """Return the question again, with the bad reply and what is wrong with it."""
     assert context.strategy is not None
-    values = {**common(context), "error": problem, "example": ""}
+    values = {**common(context), "error": problem, "example": question.example}
     reply = (line.reply or "")[:_QUOTED] or "(nothing)"
     added = (
         {"role": "assistant", "content": reply},

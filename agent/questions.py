@@ -63,7 +63,7 @@ def plan_question(context: SearchContext, slot: Slot) -> Question[Levels]:
         "example": _compact({**_said(words), **_example(bounds, form)}),
     }
     messages = wording.messages(view, slot.operator, more)
-    return Question(slot.index, slot.operator, messages, schema, read)
+    return Question(slot.index, slot.operator, messages, schema, more["example"], read)
 
 
 def parents_question(
@@ -85,6 +85,7 @@ def parents_question(
         "select",
         wording.messages(view, "select", more),
         parse.select_schema(ids, wanted, words),
+        more["example"],
         lambda text: parse.parse_select(text, ids, wanted, words),
     )
 

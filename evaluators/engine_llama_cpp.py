@@ -54,8 +54,6 @@ class LlamaCppEngine:
         Raises:
             SkipError: the KV cache does not fit into the memory that is free.
         """
-        per_token = self._cached_bytes()
-        check_room(batch * (tokens + new_tokens) * per_token, free_bytes("cpu"))
         self._serve(batch, tokens + new_tokens + 1)
         vocabulary = int(self._file[0]["token_embd.weight"].shape[1])
         prompts = random_prompts(batch, tokens, vocabulary, seed)
@@ -97,11 +95,17 @@ class LlamaCppEngine:
         return end - timings["predicted_ms"] / 1000, end
 
     def _serve(self, batch: int, tokens: int) -> None:
+        """Have a server with room for `batch` sequences of `tokens`: the last one, or another.
+
+        Raises:
+            SkipError: its KV cache does not fit into the memory that is free.
+        """
         import xllamacpp
 
         if self._case == (batch, tokens):
             return
-        self._server = None  # the memory of the last case comes free first
+        self._server = self._case = None  # the memory of the last case comes free first
+        check_room(batch * tokens * self._cached_bytes(), free_bytes("cpu"))
         wanted = xllamacpp.CommonParams()
         wanted.model.path = self._load["model"]
         wanted.n_parallel, wanted.n_ctx = batch, batch * tokens

@@ -22,15 +22,18 @@ def product_seconds(model: nn.Module, batch: int, tokens: int, seed: int) -> flo
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     layers = [x for x in model.modules() if isinstance(x, nn.Linear) and x is not head]
     weight = layers[0].weight
-    generator = torch.Generator().manual_seed(seed)
+    device = weight.device
+    generator = torch.Generator(device).manual_seed(seed)
     widest = max(x.in_features for x in [*layers, head])
-    values = torch.randn(batch * tokens * widest, generator=generator).to(weight)
+    values = torch.randn(
+        batch * tokens * widest, generator=generator, device=device, dtype=weight.dtype
+    )
 
     def rows(count: int, width: int) -> Tensor:
         return values[: count * width].view(count, width)
 
-    start = clock(weight.device)
+    start = clock(device)
     for linear in layers:
         linear(rows(batch * tokens, linear.in_features))
     head(rows(batch, head.in_features))
-    return clock(weight.device) - start
+    return clock(device) - start

@@ -126,6 +126,11 @@ def _widths(layer: LayerPlan) -> dict[str, int]:
     }
 
 
+def _heads_width(fields: Mapping[str, Any]) -> int:
+    """Return how wide all query heads are together."""
+    return int(fields["num_attention_heads"]) * int(fields["head_dim"])
+
+
 def _plain_config(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the dense configuration's fields with an explicit head_dim."""
     fields = {k: v for k, v in config.to_dict().items() if k not in _PROVENANCE}
@@ -163,7 +168,8 @@ def _stock(
     """Return the stock model of a uniform plan, or None where it cannot be expressed.
 
     Llama holds biases on o and down only together with biases on q, k, v, gate and up: those
-    are zero. The other families have no bias on down.
+    are zero. The other families have no bias on down. vLLM's own Qwen2 takes the width of a head
+    from the hidden size, so that all heads together have to be as wide.
     """
     import transformers
     from huggingface_hub.errors import StrictDataclassClassValidationError
@@ -171,6 +177,8 @@ def _stock(
     if not plan.is_uniform or (has_biases and family.name != "llama"):
         return None
     fields = _plain_config(dense.config) | _widths(plan.layers[0])
+    if family.name == "qwen2" and _heads_width(fields) != fields["hidden_size"]:
+        return None
     bare = (family.q, family.k, family.v, family.gate, family.up) if has_biases else ()
     if has_biases:
         fields |= {"attention_bias": True, "mlp_bias": True}

@@ -122,7 +122,7 @@ def compress(
         workforce = Workforce.parse(workers, threads)
         workforce.check()
         run_folder = RunFolder.create(folder, run, replace=replace, threads=workforce.threads)
-        _run(run, run_folder, workforce)
+        _run(run, run_folder, workforce, is_new=True)
 
 
 @main.command()
@@ -152,11 +152,11 @@ def resume(
             typer.echo(f"finished already; report: {page}")
             return
         text = folder.config.read_text(encoding="utf-8")
-        _run(parse_config(text, str(folder.config)), folder, workforce)
+        _run(parse_config(text, str(folder.config)), folder, workforce, is_new=False)
 
 
-def _run(config: RunConfig, folder: RunFolder, workforce: Workforce) -> None:
-    """Run the pipeline in `folder` and name the report."""
+def _run(config: RunConfig, folder: RunFolder, workforce: Workforce, *, is_new: bool) -> None:
+    """Run the pipeline in `folder` and name the report; a new one that fails early is removed."""
     from selfpruner import pipeline
     from selfpruner.progress import Progress
     from selfpruner.stopping import terminable
@@ -166,7 +166,8 @@ def _run(config: RunConfig, folder: RunFolder, workforce: Workforce) -> None:
             with Progress() as progress:
                 report_file = pipeline.compress(config, folder, progress, workforce)
         except Exception:
-            folder.remove_if_unused()
+            if is_new:
+                folder.remove_if_unused()
             raise
     typer.echo(f"report: {report_file}")
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from agent.settings import DriverSettings, SearchSettings
+from agent.settings import DriverSettings, Endpoint, SearchSettings
 from pruning.alignment import Alignment
 from selfpruner.complaints import complaints
 from selfpruner.latency_table import Workload
@@ -108,6 +108,15 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _cost_has_a_price(self) -> Self:
+        cap, chain = self.search.cost, self.driver.chain
+        if cap and self.search.asks_llm and not any(_has_costs(x) for x in chain):
+            raise ValueError(
+                f"search.cost: got {cap}, which no call would reach; allowed with a driver.price"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _allocator_has_its_facts(self) -> Self:
         asked = {"search.allocator": (self.search.allocator,), "search.starts": self.search.starts}
         for setting, names in asked.items():
@@ -194,6 +203,11 @@ class RunConfig(Settings):
     def to_yaml(self) -> str:
         """Return the whole tree as YAML; `parse_config` of it gives an equal tree."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _has_costs(endpoint: Endpoint) -> bool:
+    """Return whether calls of an endpoint are charged for; a recording has costs of its own."""
+    return endpoint.kind == "replay" or endpoint.price.of(1, 1) > 0
 
 
 def unstreamable(config: RunConfig) -> str | None:

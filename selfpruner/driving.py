@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -122,14 +124,15 @@ def _vllm(bench: Workbench, folder: RunFolder, progress: Progress, settings: End
     from agent.drivers.vllm import VllmDriver
     from agent.drivers.vllm_server import VllmServer
 
+    served = _served_folder(bench, folder, settings)
     server = VllmServer(
-        _served_folder(bench, folder, settings),
+        str(served),
         folder / "vllm.log",
         python=settings.python,
         port=settings.port,
         eager=settings.eager,
         gpu_share=settings.gpu_share,
-        max_model_len=min(settings.context, int(bench.model.config.max_position_embeddings)),
+        max_model_len=_context(settings, served),
     )
     with progress.stage("vLLM server") as advance:
         return VllmDriver(settings, server, on_wait=lambda _: advance(0))
@@ -151,17 +154,24 @@ def _loaded(
     )
 
 
-def _served_folder(bench: Workbench, folder: RunFolder, settings: Endpoint) -> str:
+def _served_folder(bench: Workbench, folder: RunFolder, settings: Endpoint) -> Path:
     """Return what vLLM can serve: a folder as it is, anything else written to the run folder."""
     name = settings.model or bench.config.model
     if (Path(name) / "config.json").is_file():
-        return name
-    path = folder / "driver"
+        return Path(name)
+    path = folder / "driver" / "--".join(re.findall(r"[\w.-]+", name))
     if not (path / "config.json").is_file():
         model, tokenizer = _loaded(bench, settings)
-        partly = path.with_suffix(".partly")
+        partly = path.with_name(f"{path.name}.partly")
         shutil.rmtree(partly, ignore_errors=True)
         model.save_pretrained(partly)
         tokenizer.save_pretrained(partly)
         partly.rename(path)
-    return str(path)
+    return path
+
+
+def _context(settings: Endpoint, served: Path) -> int:
+    """Return the tokens of prompt and reply: as asked, at most what the driver's model can."""
+    config = json.loads((served / "config.json").read_text(encoding="utf-8"))
+    most = config.get("max_position_embeddings")
+    return min(settings.context, most) if isinstance(most, int) else settings.context

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from agent.drivers.driver import DriverError
 from agent.graph import SearchResult
 from agent.ledger import Ledger
 from prompts.library import load_strategy
@@ -69,6 +70,7 @@ def run_experiment(
     Raises:
         ValueError: what is asked for cannot be had, or no cell was finished; one line.
         KeyboardInterrupt: a signal asked for a stop.
+        DriverError: all drivers of an arm gave up.
     """
     plan, workforce = load_experiment(path), workforce or Workforce()
     if plan.base.memory == "streamed" and not workforce.is_alone:
@@ -116,7 +118,7 @@ def _goes_on(progress: Progress) -> Iterator[None]:
     """Say at a stop how to go on."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, DriverError):
         progress.note("the same command goes on where it stopped")
         raise
 

@@ -229,7 +229,7 @@ class Study:
         found = against[arm]
         if not found.is_gain:
             return False, f"{arm}: {_doubt(found)}"
-        if lack := self._lack(arm, removed):
+        if lack := self._lack(arm):
             return False, f"{arm}: {_gain(found)}, but {lack}."
         placebos = self.placebos[arm]
         for name in placebos:
@@ -240,13 +240,13 @@ class Study:
         removes = "removes" if len(placebos) == 1 else "remove"
         return True, f"{arm}: {_gain(found)}; {' and '.join(placebos)} {removes} the gain."
 
-    def _lack(self, arm: str, removed: Mapping[tuple[str, str], Comparison]) -> str | None:
+    def _lack(self, arm: str) -> str | None:
         """Return what is not finished yet of the rivals and the placebos of an arm."""
         units, placebos = self.values(arm).keys(), self.placebos.get(arm, ())
         waiting = [x for x in self.classical if not units <= self.values(x).keys()]
         if waiting:
             return f"{waiting[0]} is not finished, so that the best classical arm is not known"
-        missing = [name for name in placebos if (arm, name) not in removed]
+        missing = [name for name in placebos if not units <= self.values(name).keys()]
         if placebos and not missing:
             return None
         some = len(missing) < len(placebos)

@@ -51,7 +51,8 @@ def draining(
     def drain(number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name
         if control.drain_requested:
-            tell(f"{name}: stopped at once; `selfpruner resume` goes on")
+            how = "`selfpruner resume` goes on, for an experiment its own command"
+            tell(f"{name}: stopped at once; {how}")
             leave(128 + number)
         else:
             control.request_drain(name)

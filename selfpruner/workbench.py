@@ -329,10 +329,17 @@ def settle_process(*, streaming: bool = False) -> None:
 
 
 def resolved_device(config: RunConfig) -> str:
-    """Return the device; `auto` takes a GPU where there is one."""
+    """Return the device; `auto` takes a GPU where there is one.
+
+    Raises:
+        ValueError: a GPU is asked for and there is none that torch can use.
+    """
+    is_there = torch.cuda.is_available()
+    if config.device == "cuda" and not is_there:
+        raise ValueError(f"device: got cuda; torch {torch.__version__} finds no GPU here")
     if config.device != "auto":
         return config.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if is_there else "cpu"
 
 
 def resolved_dtype(config: RunConfig) -> torch.dtype:

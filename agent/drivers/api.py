@@ -45,6 +45,7 @@ class ApiDriver:
         self._key = key
         self._model = model
         self._adaptation = Adaptation.begin(settings.structured)
+        self._has_answered = False
         self._loop = asyncio.new_event_loop()
         self._client = AsyncOpenAI(
             api_key=self._key or "none",
@@ -61,9 +62,12 @@ class ApiDriver:
     def complete(self, requests: Sequence[Request], may_retry: MayRetry) -> Iterator[Completion]:
         """Yield every try as it ends; the last one of each request has a text.
 
+        An endpoint that has answered before may refuse a single request, as one that is too long:
+        that request ends with its failure.
+
         Raises:
-            DriverError: a request was refused for good, or failed too often or for too long; the
-                other requests were carried on with first.
+            DriverError: a request was refused by an endpoint that never answered, or failed too
+                often or for too long; the other requests were carried on with first.
         """
         tries: asyncio.Queue[Completion | None] = asyncio.Queue()
         gate = asyncio.Semaphore(self._settings.batch)
@@ -76,11 +80,13 @@ class ApiDriver:
             while (completion := self._loop.run_until_complete(tries.get())) is not None:
                 yield completion
                 tries.task_done()
-            errors = [e for x in tasks if isinstance(e := x.exception(), CallError)]
+            failures = [e for x in tasks if isinstance(e := x.exception(), CallError)]
+            errors = [e for e in failures if not (self._has_answered and e.is_about_request)]
             if errors:
                 raise DriverError(f"driver {self._address}: {errors[0].reason}")
             for task in tasks:
-                task.result()
+                if not isinstance(task.exception(), CallError):
+                    task.result()
         finally:
             for task in (*tasks, end):
                 task.cancel()
@@ -152,6 +158,7 @@ class ApiDriver:
                 failure = failure.at_once()
             raise failure from None
         self._adaptation.works(way)
+        self._has_answered = True
         return reply
 
     async def _model_name(self) -> str:

@@ -15,8 +15,9 @@ from tenacity import RetryCallState, wait_random_exponential
 _PASSING = (408, 409, 429)
 _OVERDUE = (408, 504)  # the endpoint may have worked on it until then
 _REFUSALS = (400, 404, 415, 422, 501)
+_ABOUT_REQUEST = (400, 413, 422)  # an endpoint that answers others may refuse this one
 _SHOWN = 200
-_backoff = wait_random_exponential(multiplier=0.5, max=30)
+_backoff = wait_random_exponential(multiplier=2, max=60)
 
 
 @dataclass
@@ -28,6 +29,7 @@ class CallError(Exception):
         may_pass: the same call may succeed later.
         may_cost: the endpoint may have worked on it, and may charge for that.
         is_refusal: the endpoint did not accept the form of the call.
+        is_about_request: it may accept another request in the same form.
         delay: seconds that the endpoint asks to wait, None where it does not say.
     """
 
@@ -35,6 +37,7 @@ class CallError(Exception):
     may_pass: bool = True
     may_cost: bool = False
     is_refusal: bool = False
+    is_about_request: bool = False
     delay: float | None = None
 
     def at_once(self) -> CallError:
@@ -58,6 +61,7 @@ def failure_of(error: Exception, key: str) -> CallError:
             may_pass=status in _PASSING or (status >= 500 and status != 501),
             may_cost=status in _OVERDUE,
             is_refusal=status in _REFUSALS,
+            is_about_request=status in _ABOUT_REQUEST,
             delay=retry_after(error.response.headers),
         )
     if isinstance(error, TimeoutError | asyncio.TimeoutError | openai.APITimeoutError):

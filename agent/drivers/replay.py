@@ -27,8 +27,11 @@ class ReplayDriver:
             raise ValueError(f"driver.recording: {path}: no such file")
         self._path = path
         self._tries: dict[Place, list[LlmLine]] = {}
+        self._cut_short: set[Place] = set()  # by a limit: not all that could be tried
         for line in read_lines(path):
-            if not line.is_skipped:
+            if line.is_skipped:
+                self._cut_short.add(_place(line))
+            else:
                 self._tries.setdefault(_place(line), []).append(line)
         for line in read_lines(given) if given is not None else ():
             tries = self._tries.get(_place(line), [])
@@ -36,7 +39,7 @@ class ReplayDriver:
                 tries.pop(0)
 
     def complete(self, requests: Sequence[Request], may_retry: MayRetry) -> Iterator[Completion]:
-        """Yield the recorded tries at each request, in order.
+        """Yield the recorded tries at each request, in order; what failed for good does so again.
 
         Raises:
             DriverError: the recording has no reply for a request; the others were replied to.
@@ -50,7 +53,8 @@ class ReplayDriver:
                 if line.reply is not None or not may_retry(number):
                     break
             else:
-                missing.append(request.place)
+                if request.place not in self._tries or request.place in self._cut_short:
+                    missing.append(request.place)
         if missing:
             where = f"generation {missing[0].generation}, slot {missing[0].slot}"
             raise DriverError(f"driver.recording: {self._path} has no reply for {where}")

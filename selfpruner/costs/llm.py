@@ -95,7 +95,7 @@ def _context(
         budget=budget,
         score=_no_score,
         slopes=_no_slopes if config.measures_slopes else None,
-        sequences=(0,),
+        sequences=range(config.data.search.tokens // config.data.length),
         sensitivity=[errors] * layers,
         assess=None,
         driver=None,

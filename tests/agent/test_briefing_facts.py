@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent import briefing, facts, margins, trajectory
+from agent import allocators, briefing, facts, margins, trajectory
 from agent.candidate import Candidate
 from agent.graph import run_search
 from agent.questions import Slot, parents_question, plan_question
@@ -21,7 +21,7 @@ from agent.state import SearchContext
 from agent.view import View
 from prompts import library
 from pruning.architecture import Architecture
-from pruning.budget import Budget
+from pruning.budget import Budget, Times
 
 MARKS = {
     "sensitivity": "mlp error",
@@ -128,6 +128,19 @@ def test_remaining_names_every_limit_that_is_set(searched: SearchContext) -> Non
 def test_latency_that_was_not_measured_is_said(searched: SearchContext) -> None:
     object.__setattr__(searched, "unit_latency", None)
     assert facts.latency(view(searched)) == "not measured"
+
+
+def test_the_target_is_told_in_weights_where_time_is_limited(
+    scene: Callable[..., SearchContext],
+) -> None:
+    context = scene()
+    assert briefing.common(context)["target"] == "30"
+    heads, mlp = (range(100, 100 + len(x)) for x in (context.grid.attention, context.grid.mlp))
+    slow = Times(0, tuple(heads), tuple(mlp))  # a dense block takes little more than none
+    timed = replace(context, budget=Budget.timed(slow, context.space.layers, 1.05))
+    share = timed.space.shares(allocators.uniform(timed.space))[:, 1].mean()
+    assert briefing.common(timed)["target"] == f"{100 * (1 - share):.0f}"
+    assert int(briefing.common(timed)["target"]) > 30 > 100 * (1 - timed.space.target)
 
 
 def test_nothing_is_told_before_the_first_generation(searched: SearchContext) -> None:

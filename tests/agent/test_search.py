@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -26,6 +27,7 @@ from agent.ledger import Ledger
 from agent.projection import Levels
 from agent.racing import NOT_FINITE
 from agent.state import SearchContext
+from prompts import library
 from pruning.plan import Plan
 
 Scene = Callable[..., SearchContext]
@@ -339,6 +341,16 @@ def test_repair_sees_the_error_and_is_labelled(scene: Scene, tmp_path: Path) -> 
     assert second.messages[:2] == first.messages
     assert "take_from and give_to are both 2" in second.messages[3]["content"]
     assert first.seed != second.seed
+
+
+def test_a_repair_may_show_a_tiny_reply(scene: Scene, tmp_path: Path) -> None:
+    mine = Path(shutil.copytree(Path(library.__file__).parent / "strategies/moves", tmp_path / "m"))
+    (mine / "repair.md").write_text("{error} Such as {example}")
+    replies = ["no", MOVES[0]]
+    context = scene(allocator="llm", evaluations=2, replies=replies, strategy=str(mine))
+    run(context, tmp_path)
+    told = context.driver.requests[1].messages[3]["content"]  # type: ignore[union-attr]
+    assert '"take_from"' in told.partition("Such as ")[2]
 
 
 def test_moves_go_as_far_as_the_layers_allow(scene: Scene, tmp_path: Path) -> None:

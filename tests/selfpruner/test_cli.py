@@ -319,6 +319,14 @@ def test_resume_goes_on_with_the_stored_configuration(pipeline: Recorder) -> Non
     assert second[1] == first[1]
 
 
+def test_a_resume_that_fails_early_keeps_the_run(pipeline: Recorder) -> None:
+    RunFolder.create(Path("a"), RunConfig(model="m"))
+    pipeline.error = DriverError("no network")
+    assert run("resume", "a").exit_code == 75
+    pipeline.error = None
+    assert run("resume", "a").exit_code == 0
+
+
 def test_resume_of_what_cannot_be_resumed(pipeline: Recorder) -> None:
     result = run("resume", "nowhere")
     assert (result.exit_code, result.stderr) == (

@@ -118,6 +118,10 @@ def write(tmp_path: Path) -> Write:
             "driver: {kind: none}\nsearch: {allocator: hybrid}",
             "driver.kind: got 'none'; search.allocator hybrid needs a driver",
         ),
+        (
+            "driver: {kind: embedded}\nsearch: {allocator: hybrid, cost: 2}",
+            "search.cost: got 2.0, which no call would reach; allowed with a driver.price",
+        ),
         ("search: {min_rate: 0.95}", "search.min_rate: got 0.95"),
         ("recipe: bset", "recipe: got 'bset'; allowed: best, flap, self_pruner, wanda_sp"),
         ("model: n", "line 2: key model given twice"),

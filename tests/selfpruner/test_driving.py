@@ -13,6 +13,7 @@ import pytest
 from agent.drivers import vllm, vllm_server
 from agent.drivers.driver import Place, Request
 from agent.settings import DriverSettings
+from selfpruner import driving
 from selfpruner.config import CONFIGS, load_config
 from selfpruner.driving import check_drivers, open_driver
 from selfpruner.progress import Progress
@@ -171,9 +172,8 @@ def test_a_server_of_our_own_is_started_as_the_settings_say(
 
     monkeypatch.setattr(vllm_server, "VllmServer", server)
     monkeypatch.setattr(vllm, "VllmDriver", driver)
-    (tmp_path / "config.json").write_text("{}")
-    small = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=512))
-    bench = cast("Any", SimpleNamespace(config=SimpleNamespace(model=str(tmp_path)), model=small))
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 512}')
+    bench = cast("Any", SimpleNamespace(config=SimpleNamespace(model=str(tmp_path))))
     asked = {"kind": "vllm", "python": "there", "port": 8123, "eager": True, "gpu_share": 0.3}
     chain = DriverSettings.model_validate(asked).chain
     folder = cast("Any", tmp_path)
@@ -187,3 +187,24 @@ def test_a_server_of_our_own_is_started_as_the_settings_say(
         "gpu_share": 0.3,
         "max_model_len": 512,
     }
+
+
+def test_what_vllm_cannot_load_is_written_once_for_each_model(tmp_path: Path) -> None:
+    written: list[Path] = []
+
+    class Written:
+        def save_pretrained(self, path: Path) -> None:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "config.json").write_text(json.dumps({"max_position_embeddings": 9000}))
+            written.append(path)
+
+    config = SimpleNamespace(model="some/model-1B")
+    bench = cast("Any", SimpleNamespace(config=config, model=Written(), tokenizer=Written()))
+    (first,) = DriverSettings.model_validate({"kind": "vllm", "context": 16_384}).chain
+    folder = cast("Any", tmp_path)
+    served = driving._served_folder(bench, folder, first)
+    assert driving._served_folder(bench, folder, first) == served
+    assert (served.name, len(written)) == ("some--model-1B", 2)  # the model and its tokenizer
+    assert driving._context(first, served) == 9000
+    config.model = "another.gguf"
+    assert driving._served_folder(bench, folder, first).name == "another.gguf"

@@ -144,6 +144,15 @@ def test_the_llm_helps_where_it_beats_the_best_control_and_its_placebo() -> None
     assert "fake removes the gain" in verdict.reasons[0]
 
 
+def test_nothing_is_claimed_while_a_placebo_is_half_finished() -> None:
+    whole = _race(20, llm=0.05, placebo=0.0)
+    assert whole.verdict().helps
+    rows = [x for x in whole.rows if x["cell"]["arm"] != "fake" or x["cell"]["seed"] < 10]
+    verdict = _study(rows, whole.roles, placebos=whole.placebos).verdict()
+    assert not verdict.helps
+    assert "no placebo of it is finished" in verdict.reasons[0]
+
+
 @pytest.mark.parametrize(
     ("units", "llm", "placebo", "reason"),
     [

@@ -21,13 +21,13 @@ from pruning.elastic_layerwise import LayerwiseElastic
 from pruning.export import export
 from pruning.loading import load
 from pruning.ranking import order_hash
-from selfpruner.config import load_config
+from selfpruner.config import CONFIGS, load_config
 from selfpruner.costs import memory
 from selfpruner.costs.memory import MemoryModel
 from selfpruner.costs.work import Running
 from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
-from selfpruner.workbench import prepare, rank
+from selfpruner.workbench import prepare, rank, resolved_device
 
 # Output projections of a dense plan: three layers, 32 + 48 columns of 32 numbers in float32.
 DENSE = 3 * (32 + 48) * 32 * 4
@@ -92,6 +92,13 @@ def test_cuts_are_measured_by_curvature_where_it_is_asked_for(tiny_run: Path, se
     _, plain = rank(replace(bench, config=configs[1]), progress)
     assert "curvature" not in progress.seconds
     assert flat != [x for layer in plain for block in layer for x in block]
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"device: got cuda; torch .* finds no GPU here"):
+        resolved_device(load_config(CONFIGS / "demo.yaml", settings=("device=cuda",)))
+    assert resolved_device(load_config(CONFIGS / "demo.yaml")) == "cpu"
 
 
 @pytest.mark.parametrize("memory", ["whole", "streamed"])

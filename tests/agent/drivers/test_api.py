@@ -225,10 +225,10 @@ def test_the_form_is_not_changed_once_it_worked() -> None:
     script = [refused(400), GOOD, refused(400, "too long"), GOOD]
     with ChatServer(script) as server, driving(server) as driver:
         complete(driver)
-        tries, words = complete_in_vain(driver)
+        (failed,) = driver.complete([ask_for()], lambda _: True)
         complete(driver)
-    assert len(tries) == 1
-    assert "too long" in words
+    assert failed.text is None
+    assert "too long" in failed.failure
     assert routes(server) == ["json_schema", "json_object", "json_object", "json_object"]
 
 
@@ -244,6 +244,14 @@ def test_failures_that_pass_do_not_change_the_form() -> None:
     with ChatServer(script) as server, driving(server) as driver:
         complete(driver)
     assert routes(server) == ["json_schema"] * 4
+
+
+@pytest.mark.parametrize("status", [401, 404, 501])
+def test_an_endpoint_that_refuses_all_is_given_up_although_it_answered(status: int) -> None:
+    with ChatServer([GOOD, refused(status)]) as server, driving(server) as driver:
+        complete(driver)
+        tries, _ = complete_in_vain(driver)
+    assert len(tries) == 1
 
 
 def test_a_form_that_all_in_flight_found_refused_is_changed_once() -> None:

@@ -132,11 +132,11 @@ def waited(error: CallError, attempt: int = 1) -> float:
 def test_the_endpoint_is_waited_for_and_another_form_is_not() -> None:
     assert waited(CallError("x", delay=40.0)) == 40.0
     for _ in range(20):
-        assert 0 <= waited(CallError("x")) <= 0.5
-        assert 0.1 <= waited(CallError("x", delay=0.1)) <= 0.5
+        assert 0 <= waited(CallError("x")) <= 2
+        assert 0.1 <= waited(CallError("x", delay=0.1)) <= 2
     first, late = ([waited(CallError("x"), attempt) for _ in range(50)] for attempt in (1, 20))
-    assert max(first) > 0.05
-    assert 5 < max(late) <= 30
+    assert max(first) > 0.2
+    assert 10 < max(late) <= 60
     refusal = CallError("x", may_pass=False, is_refusal=True, delay=9.0).at_once()
     assert (refusal.may_pass, waited(refusal)) == (True, 0.0)
 

@@ -119,6 +119,12 @@ def test_failed_tries_fail_again(tmp_path: Path) -> None:
     assert tries[1].estimated
 
 
+def test_what_failed_for_good_does_so_again(tmp_path: Path) -> None:
+    driver = recorded(tmp_path, line(0, None), line(1, "one"))
+    tries = list(driver.complete([request(0), request(1)], lambda _: True))
+    assert [(x.request, x.text) for x in tries] == [(0, None), (1, "one")]
+
+
 def test_a_limit_ends_the_tries(tmp_path: Path) -> None:
     skipped = line(0, None, 1, tokens=0, cost=0.0, outcome="skipped: search.tokens")
     driver = recorded(tmp_path, line(0, None), skipped)

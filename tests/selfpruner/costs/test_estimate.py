@@ -264,6 +264,14 @@ def test_money_is_rent_and_what_the_endpoint_charges(estimated: Estimating) -> N
     assert paid.money - free.money == pytest.approx(charged)
 
 
+def test_the_wider_the_window_the_less_slopes_leave_of_the_calls(estimated: Estimating) -> None:
+    """Four sequences of slopes cost five evaluations on a window of 4, and two and a half on 8."""
+    narrow, wide, whole = (
+        estimated("search.allocator=hybrid", f"search.window={x}").llm_calls for x in (4, 8, "null")
+    )
+    assert 1.2 * narrow < wide < whole
+
+
 def test_a_plan_without_a_search_asks_no_llm_and_makes_one_evaluation(
     estimated: Estimating,
 ) -> None:
