@@ -110,9 +110,19 @@ def choose_parents(context: SearchContext, generation: int, slot: int) -> list[C
         answer = ask(context, generation, [parents_question(context, place, listed, wanted)])[0]
         if answer.value is not None:
             by_id = {x.id: x for x in listed}
-            return [by_id[i] for i in answer.value]
+            chosen = [by_id[i] for i in answer.value]
+            return _paired(context, chosen, listed)
     rng = population.generator(context.seed, generation, slot)
     return list(operators_of(context).parents(pool, wanted, rng))
+
+
+def _paired(
+    context: SearchContext, chosen: list[Candidate], listed: Sequence[Candidate]
+) -> list[Candidate]:
+    """Return the chosen, with the best other one where pairs have offspring and it is but one."""
+    if len(chosen) > 1 or not operators_of(context).crosses:
+        return chosen
+    return chosen + [x for x in listed if x not in chosen][:1]
 
 
 def is_asked(context: SearchContext, slot: Slot) -> bool:

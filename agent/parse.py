@@ -88,6 +88,8 @@ def moves_schema(bounds: Bounds, words: Sequence[str] = ()) -> Schema:
 def parse_moves(text: str, bounds: Bounds, words: Sequence[str] = ()) -> tuple[Move, ...]:
     """Return the moves of `{"moves": [{"block", "take_from", "give_to", "units"}, ...]}`.
 
+    The schema has one limit of units for both blocks; more than a block's own move as many as that.
+
     Raises:
         ReplyError: the text holds no such object within `bounds` that has the `words` too, or a
             move gives to the layer that it takes from.
@@ -175,10 +177,10 @@ def _move(row: Any, name: str, bounds: Bounds) -> Move:
     layers = (0, bounds.layers - 1)
     take_from = _integer(row["take_from"], f"{name}: take_from", layers)
     give_to = _integer(row["give_to"], f"{name}: give_to", layers)
-    units = _integer(row["units"], f"{name}: units of {block}", (1, bounds.units[block]))
+    units = _integer(row["units"], f"{name}: units", (1, max(bounds.units.values())))
     if take_from == give_to:
         raise ReplyError(f"{name}: take_from and give_to are both {give_to}, want two layers")
-    return Move(block, take_from, give_to, units)
+    return Move(block, take_from, give_to, min(units, bounds.units[block]))
 
 
 def _list(value: Any, name: str, sizes: tuple[int, int]) -> list[Any]:

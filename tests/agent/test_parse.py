@@ -108,6 +108,17 @@ def test_moves() -> None:
     assert parse.parse_moves(text, BOUNDS) == (Move("attention", 0, 2, 2),)
 
 
+def test_more_units_than_a_block_moves_are_as_many_as_it_does() -> None:
+    """The schema's limit is that of the block that moves most."""
+    assert parse.moves_schema(BOUNDS)["properties"]["moves"]["items"]["properties"]["units"] == {
+        "type": "integer",
+        "minimum": 1,
+        "maximum": 8,
+    }
+    text = '{"moves":[{"block":"attention","take_from":0,"give_to":2,"units":8}]}'
+    assert parse.parse_moves(text, BOUNDS) == (Move("attention", 0, 2, 2),)
+
+
 def test_mix_and_select() -> None:
     assert parse.parse_mix('{"from_second":[2,0,2]}', BOUNDS) == (0, 2)
     assert parse.parse_select('{"parents":[7,4]}', [4, 5, 7], 2) == (7, 4)
@@ -170,7 +181,7 @@ def test_hostile_vectors(text: str, message: str) -> None:
         ({"block": "mlp", "take_from": 1, "give_to": 1, "units": 1}, "both 1"),
         ({"block": "mlp", "take_from": 3, "give_to": 1, "units": 1}, "take_from is 3"),
         ({"block": "mlp", "take_from": 0, "give_to": -1, "units": 1}, "give_to is -1"),
-        ({"block": "attention", "take_from": 0, "give_to": 1, "units": 3}, "allowed 1 to 2"),
+        ({"block": "attention", "take_from": 0, "give_to": 1, "units": 9}, "allowed 1 to 8"),
         ({"block": "mlp", "take_from": 0, "give_to": 1, "units": 0}, "allowed 1 to 8"),
         ({"block": "head", "take_from": 0, "give_to": 1, "units": 1}, "block is"),
         ({"block": ["mlp"], "take_from": 0, "give_to": 1, "units": 1}, "block is"),

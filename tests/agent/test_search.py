@@ -428,6 +428,17 @@ def test_a_limit_without_a_seed_plan_leaves_one_plan(scene: Scene, tmp_path: Pat
     assert (result.evaluations, result.stopped, result.best.origin) == (1, "tokens", "heuristic")
 
 
+def test_one_parent_named_often_gets_the_best_other_one(scene: Scene, tmp_path: Path) -> None:
+    replies = [*MOVES[:3], '{"parents":[2,2,2]}', '{"from_second":[0,1,2]}']
+    context = scene(
+        allocator="llm", replies=replies, population=4, crossover=1, mutate=0, evaluations=5
+    )
+    run(context, tmp_path)
+    best = next(x for x in context.ledger.best(4, before=1) if x.id != 2)
+    (child,) = (x for x in context.ledger.candidates() if x.generation == 1)
+    assert sorted(child.parents) == sorted((2, best.id))
+
+
 @pytest.mark.parametrize("limit", range(8, 16))
 def test_a_limit_holds_where_a_generation_selects_and_generates(
     scene: Scene, tmp_path: Path, limit: int
