@@ -5,7 +5,7 @@ Shapes: B rows a micro-batch, T tokens, V vocabulary, P scored positions of a mi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +91,9 @@ def encode_choices(
 
 
 def choice_margins(
-    trunk: Callable[[Tensor], Tensor], head_VD: Tensor, encoded: EncodedChoices
+    trunk: Callable[[Sequence[Tensor]], Iterable[Tensor]],
+    head_VD: Tensor,
+    encoded: EncodedChoices,
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Margins (items,) and whether the right choice wins (items,).
 
@@ -100,15 +102,17 @@ def choice_margins(
     is the score of the right choice minus the best score of the others: positive means right.
 
     Args:
-        trunk: Token ids (B, T), right-padded, to what enters the head (B, T, D) of a causal model.
-            Padding follows the tokens, so no mask is needed.
+        trunk: Micro-batches of token ids (B, T), right-padded, each of its own length, to what
+            enters the head (B, T, D) of a causal model, one by one. Padding follows the tokens, so
+            no mask is needed.
         head_VD: The head; it meets scored positions only, a small share of B x T.
         encoded: From `encode_choices`.
     """
     log_probs = torch.zeros(len(encoded.characters), dtype=torch.float64)
     with torch.inference_mode():
-        for batch in encoded.batches:
-            log_probs[batch.rows] = _row_log_probs(trunk(batch.ids), head_VD, batch)
+        hidden = trunk([batch.ids for batch in encoded.batches])
+        for batch, hidden_BTD in zip(encoded.batches, hidden, strict=True):
+            log_probs[batch.rows] = _row_log_probs(hidden_BTD, head_VD, batch)
     scores = log_probs.numpy() / encoded.characters
     starts = np.searchsorted(encoded.item_of_row, np.arange(encoded.num_items))
     gold_rows = starts + encoded.gold

@@ -5,7 +5,7 @@ Shapes: B sequences a micro-batch, S sequences, T tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,10 +44,21 @@ class LayerwiseElastic(ElasticModel):
 
         Bit by bit those of `ElasticModel` on micro-batches of the same size.
         """
+        batches = tokens_BT.split(self._batch_size)
+        for index, hidden in self.hidden_batches(plans, batches):
+            yield index, torch.cat(hidden)
+
+    @torch.no_grad()
+    def hidden_batches(
+        self, plans: Sequence[Plan], batches: Sequence[Tensor]
+    ) -> Iterator[tuple[int, list[Tensor]]]:
+        """Yield `(plan index, normed final hidden states)`: (B, T, D) for each micro-batch (B, T).
+
+        Micro-batches may differ in T.
+        """
         device = self.family.head(self.model).device
-        batches = tokens_BT.to(device).split(self._batch_size)
-        hidden = [self.family.embed(self.model, x) for x in batches]
-        rotary = self.family.rotary(self.model, hidden[0])
+        hidden = [self.family.embed(self.model, x.to(device)) for x in batches]
+        rotary = {x.shape[1]: self.family.rotary(self.model, x) for x in hidden}
         front = [_Branch(list(enumerate(plans)), hidden)]
         del hidden
         for depth in range(len(self.layers)):
@@ -55,13 +66,13 @@ class LayerwiseElastic(ElasticModel):
         norm = self.family.final_norm(self.model)
         while front:
             branch = front.pop()
-            final = torch.cat([norm(x) for x in branch.hidden])
+            final = [norm(x) for x in branch.hidden]
             yield from ((index, final) for index, _ in branch.plans)
 
     def _advanced(
-        self, front: list[_Branch], depth: int, rotary: tuple[Tensor, Tensor]
+        self, front: list[_Branch], depth: int, rotary: Mapping[int, tuple[Tensor, Tensor]]
     ) -> list[_Branch]:
-        """Return the branches after one more layer; `front` is used up.
+        """Return the branches after one more layer; `front` is used up, `rotary` is by length.
 
         Cut by cut, so that each is made once however many branches it is met in.
         """
@@ -77,7 +88,8 @@ class LayerwiseElastic(ElasticModel):
             parameters = self.layer_parameters(depth, layer_plan)
             for branch in cuts.pop(layer_plan):
                 hidden = [
-                    run_cut_layer(module, layer_plan, parameters, x, rotary) for x in branch.hidden
+                    run_cut_layer(module, layer_plan, parameters, x, rotary[x.shape[1]])
+                    for x in branch.hidden
                 ]
                 advanced.append(_Branch(branch.plans, hidden))
         return advanced

@@ -259,8 +259,14 @@ class Fitness:
         if self._choices is None:
             raise ValueError("data.choices: got 0, want at least 1 for accuracy in the search")
 
-        def trunk(tokens_BT: Tensor) -> Tensor:
-            (_, hidden), *_ = self._runs.hidden_states([plan], tokens_BT)
-            return hidden
+        def trunk(batches: Sequence[Tensor]) -> Iterator[Tensor]:
+            runs = self._runs
+            if isinstance(runs, LayerwiseElastic):  # makes its cuts anew at each call
+                ((_, hidden),) = runs.hidden_batches([plan], batches)
+                yield from hidden
+                return
+            for tokens_BT in batches:
+                ((_, hidden_BTD),) = runs.hidden_states([plan], tokens_BT)
+                yield hidden_BTD
 
         return choice_margins(trunk, self._family.head(self._dense), self._choices)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 from evaluators.choices import ChoiceItem, choice_margins, encode_choices
 
 Factory = Callable[..., LlamaForCausalLM]
+Trunk = Callable[[Sequence[torch.Tensor]], Iterable[torch.Tensor]]
 ITEMS = [
     ChoiceItem("The sky is", ("blue", "a fish of the sea"), 0),
     ChoiceItem("Two and two make  ", ("three", "four", "twenty two"), 1),
@@ -18,9 +19,12 @@ ITEMS = [
 ]
 
 
-def _parts(model: LlamaForCausalLM) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
+def _parts(model: LlamaForCausalLM) -> tuple[Trunk, torch.Tensor]:
     """Return a model's trunk and head."""
-    return lambda ids: model.model(input_ids=ids).last_hidden_state, model.lm_head.weight
+    return (
+        lambda batches: (model.model(input_ids=ids).last_hidden_state for ids in batches),
+        model.lm_head.weight,
+    )
 
 
 def _hand_margin(model: LlamaForCausalLM, item: ChoiceItem) -> float:
@@ -55,7 +59,9 @@ def test_sign_follows_the_distribution(tokenizer: Any) -> None:
     head[ord("x")] = 50.0
     right, wrong = ChoiceItem("a", ("xx", "zz"), 0), ChoiceItem("a", ("xx", "zz"), 1)
     margins, correct = choice_margins(
-        lambda ids: torch.ones(*ids.shape, 1), head, encode_choices(tokenizer, [right, wrong])
+        lambda batches: [torch.ones(*ids.shape, 1) for ids in batches],
+        head,
+        encode_choices(tokenizer, [right, wrong]),
     )
     # Both choices pay 50 for the space, per two characters; zz pays 100 more.
     assert margins.tolist() == pytest.approx([50.0, -50.0], rel=1e-5)
@@ -69,10 +75,9 @@ def test_only_scored_positions_matter(tiny_llama: Factory, tokenizer: Any) -> No
 
     trunk, head = _parts(model)
 
-    def spoiled(ids_BT: torch.Tensor) -> torch.Tensor:
-        hidden = trunk(ids_BT).clone()
-        hidden[ids_BT == 0] = torch.nan  # padding
-        return hidden
+    def spoiled(batches: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        for ids_BT, hidden in zip(batches, trunk(batches), strict=True):
+            yield hidden.masked_fill((ids_BT == 0)[..., None], torch.nan)  # padding
 
     assert choice_margins(spoiled, head, encoded)[0].tolist() == plain.tolist()
 

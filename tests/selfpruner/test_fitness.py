@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,20 +117,25 @@ def test_top512_covers_this_vocabulary(elastic: ElasticModel) -> None:
     assert np.allclose(full, top, rtol=0, atol=1e-9)
 
 
-def test_plans_that_no_cache_holds_make_each_cut_once(
-    elastic: ElasticModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, family, layers = elastic.model, elastic.family, elastic.layers
-    small = ElasticModel(model, family, layers, cache_bytes=2**10)
+def _noted(monkeypatch: pytest.MonkeyPatch, elastic: ElasticModel) -> list[tuple[int, int]]:
+    """Return a list that tells from now on which MLP cuts are made: layers and widths."""
     made: list[tuple[int, int]] = []
     original = ElasticLayer.mlp_output
 
     def note(layer: ElasticLayer, plan: LayerPlan) -> LayerParameters:
-        made.append((layers.index(layer), plan.mlp_channels))
+        made.append((elastic.layers.index(layer), plan.mlp_channels))
         return original(layer, plan)
 
-    expected = _fitness(elastic, {"kl": 1.0})(PLANS, range(5))
     monkeypatch.setattr(ElasticLayer, "mlp_output", note)
+    return made
+
+
+def test_plans_that_no_cache_holds_make_each_cut_once(
+    elastic: ElasticModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = ElasticModel(elastic.model, elastic.family, elastic.layers, cache_bytes=2**10)
+    expected = _fitness(elastic, {"kl": 1.0})(PLANS, range(5))
+    made = _noted(monkeypatch, elastic)
     found = _fitness(LayerwiseElastic(small, 2), {"kl": 1.0})(PLANS, range(5))
     assert np.array_equal(found, expected)
     assert len(made) == len(set(made)) == 5
@@ -189,6 +195,18 @@ def _choices() -> EncodedChoices:
     return EncodedChoices((batch,), characters, items, np.array([0, 1]))
 
 
+def _rows(start: int, stop: int, length: int) -> _MicroBatch:
+    """Return some rows of `_choices` as a micro-batch of their own, without needless padding."""
+    (whole,) = _choices().batches
+    return _MicroBatch(
+        whole.ids[start:stop, :length],
+        torch.arange(stop - start),
+        whole.position[start:stop],
+        whole.target[start:stop],
+        whole.rows[start:stop],
+    )
+
+
 def _margins(elastic: ElasticModel, plan: Plan) -> list[float]:
     """(log q(right) - log q(wrong)) / characters: the log-sum-exp cancels."""
     model = sliced(elastic, plan)
@@ -204,6 +222,22 @@ def test_accuracy_term_by_hand(elastic: ElasticModel) -> None:
         margins = _margins(elastic, plan)
         assert scores[row].tolist() == pytest.approx([-3 * sum(margins) / 2] * 2, abs=1e-6)
         assert fitness.accuracy(plan) == sum(margin > 0 for margin in margins) / 2
+
+
+def test_items_of_plans_that_no_cache_holds_take_each_cut_once(
+    elastic: ElasticModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = _noted(monkeypatch, elastic)
+    small = ElasticModel(elastic.model, elastic.family, elastic.layers, cache_bytes=2**10)
+    choices = replace(_choices(), batches=(_rows(0, 2, 3), _rows(2, 4, 4)))
+    whole, layerwise = (
+        _fitness(runs, {"accuracy": 1.0}, choices=choices)(PLANS[:1], [0])
+        for runs in (small, LayerwiseElastic(small, 2))
+    )
+    assert np.array_equal(whole, layerwise)
+    made.clear()
+    _fitness(LayerwiseElastic(small, 2), {"accuracy": 1.0}, choices=choices)(PLANS[:1], [0])
+    assert len(made) == len(set(made)) > 1
 
 
 def test_accuracy_without_items_is_refused(elastic: ElasticModel) -> None:
