@@ -10,7 +10,6 @@ import json
 import numpy as np
 from numpy.typing import NDArray
 
-from agent import allocators
 from agent.candidate import Candidate
 from agent.projection import Levels, Space
 from agent.state import SearchContext
@@ -35,9 +34,7 @@ def _kept(space: Space) -> float:
 
     Where time or memory is limited it is not the share of the budget.
     """
-    if space.budget.kind in ("parameters", "bytes"):
-        return space.target
-    return float(space.shares(allocators.uniform(space))[:, 1].mean())
+    return space.one_share if space.budget.kind in ("speedup", "memory") else space.target
 
 
 def errors(context: SearchContext) -> NDArray[np.int64]:

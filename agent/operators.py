@@ -120,7 +120,8 @@ def _paired(
     context: SearchContext, chosen: list[Candidate], listed: Sequence[Candidate]
 ) -> list[Candidate]:
     """Return the chosen, with the best other one where pairs have offspring and it is but one."""
-    if len(chosen) > 1 or not operators_of(context).crosses:
+    pairs = operators_of(context).crosses and context.settings.crossover > 0
+    if len(chosen) > 1 or not pairs:
         return chosen
     return chosen + [x for x in listed if x not in chosen][:1]
 

@@ -70,6 +70,15 @@ class Space:
         """Share of the blocks' dense cost that may stay, at most 1."""
         return min(1.0, self.budget.limit / self.budget.dense)
 
+    @property
+    def one_share(self) -> float:
+        """Share of every block that stays where all keep the same and cost the limit, 0 to 1."""
+
+        def cost(share: float) -> float:
+            return self._relaxed_cost(np.full((self.layers, 2), max(share, 0.0)))
+
+        return max(0.0, _largest_shift(cost, self.budget.limit))
+
     def shares(self, levels: Sequence[tuple[int, int]]) -> Floats:
         """Return the kept shares (layers, 2) of a plan."""
         attention, mlp = self.kept

@@ -66,8 +66,8 @@ class LayerwiseElastic(ElasticModel):
         norm = self.family.final_norm(self.model)
         while front:
             branch = front.pop()
-            final = [norm(x) for x in branch.hidden]
-            yield from ((index, final) for index, _ in branch.plans)
+            branch.hidden = [norm(x) for x in branch.hidden]
+            yield from ((index, branch.hidden) for index, _ in branch.plans)
 
     def _advanced(
         self, front: list[_Branch], depth: int, rotary: Mapping[int, tuple[Tensor, Tensor]]

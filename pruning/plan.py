@@ -37,7 +37,7 @@ class Plan:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all layers keep the same, so that a stock architecture can hold the model."""
+        """Whether all layers keep the same, without which no stock architecture holds the model."""
         return len(set(self.layers)) == 1
 
     def to_json(self) -> list[list[int]]:

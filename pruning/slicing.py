@@ -64,8 +64,9 @@ class Blueprint:
 def sliced(prunable: Prunable, plan: Plan) -> PreTrainedModel:
     """Return a new model whose weights are what `plan` keeps, in the dtype of the dense one.
 
-    A plan that is uniform across layers becomes the stock architecture where the family can hold
-    the correction biases, any other a `pruning.modeling_pruned` class. Weights are copies.
+    A plan that is uniform across layers becomes the stock architecture where that can hold its
+    heads and the correction biases, any other a `pruning.modeling_pruned` class. Weights are
+    copies.
     """
     parameters = prunable.parameters(plan)
     dense: PreTrainedModel = prunable.model

@@ -110,9 +110,9 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _cost_has_a_price(self) -> Self:
         cap, chain = self.search.cost, self.driver.chain
-        if cap and self.search.asks_llm and not any(_has_costs(x) for x in chain):
+        if cap is not None and self.search.asks_llm and not any(_has_costs(x) for x in chain):
             raise ValueError(
-                f"search.cost: got {cap}, which no call would reach; allowed with a driver.price"
+                f"search.cost: got {cap}, and no driver has a price; allowed with a driver.price"
             )
         return self
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -93,7 +93,7 @@ def open_driver(
     """Return the drivers of `chain`; each is opened when it is first asked."""
     kinds: dict[str, Callable[[Endpoint], Driver]] = {
         "embedded": lambda x: _embedded(bench, x),
-        "api": _api,
+        "api": lambda x: _api(x, folder),
         "vllm": lambda x: _vllm(bench, folder, progress, x),
         "replay": lambda x: _replay(x, folder.llm),
     }
@@ -107,11 +107,17 @@ def _embedded(bench: Workbench, settings: Endpoint) -> Driver:
     return EmbeddedDriver(model, tokenizer, settings.model or bench.config.model, settings.batch)
 
 
-def _api(settings: Endpoint) -> Driver:
+def _api(settings: Endpoint, folder: RunFolder) -> Driver:
     from agent.drivers.api import ApiDriver, key_of
 
     address, key = str(settings.base_url), key_of(settings)
-    return ApiDriver(settings, base_url=address, model=settings.model, key=key)
+    return ApiDriver(
+        settings,
+        base_url=address,
+        model=settings.model,
+        key=key,
+        has_answered=_has_answered(folder),
+    )
 
 
 def _replay(settings: Endpoint, given: Path | None = None) -> Driver:
@@ -135,7 +141,16 @@ def _vllm(bench: Workbench, folder: RunFolder, progress: Progress, settings: End
         max_model_len=_context(settings, served),
     )
     with progress.stage("vLLM server") as advance:
-        return VllmDriver(settings, server, on_wait=lambda _: advance(0))
+        return VllmDriver(
+            settings, server, on_wait=lambda _: advance(0), has_answered=_has_answered(folder)
+        )
+
+
+def _has_answered(folder: RunFolder) -> bool:
+    """Return whether a driver has answered in this run before."""
+    from agent.ledger import read_lines
+
+    return folder.llm.is_file() and any(x.reply is not None for x in read_lines(folder.llm))
 
 
 def _loaded(
@@ -159,7 +174,7 @@ def _served_folder(bench: Workbench, folder: RunFolder, settings: Endpoint) -> P
     name = settings.model or bench.config.model
     if (Path(name) / "config.json").is_file():
         return Path(name)
-    path = folder / "driver" / "--".join(re.findall(r"[\w.-]+", name))
+    path = folder / "driver" / _slug(name)
     if not (path / "config.json").is_file():
         model, tokenizer = _loaded(bench, settings)
         partly = path.with_name(f"{path.name}.partly")
@@ -170,8 +185,16 @@ def _served_folder(bench: Workbench, folder: RunFolder, settings: Endpoint) -> P
     return path
 
 
+def _slug(name: str) -> str:
+    """Return a name for a folder: of a file, its own and what tells its place from others."""
+    if not Path(name).is_file():
+        return name.replace("/", "--")
+    place = hashlib.sha256(str(Path(name).resolve()).encode()).hexdigest()[:8]
+    return f"{Path(name).stem}-{place}"
+
+
 def _context(settings: Endpoint, served: Path) -> int:
-    """Return the tokens of prompt and reply: as asked, at most what the driver's model can."""
+    """Return the tokens of prompt and reply: as asked, at most what `config.json` tells."""
     config = json.loads((served / "config.json").read_text(encoding="utf-8"))
     most = config.get("max_position_embeddings")
     return min(settings.context, most) if isinstance(most, int) else settings.context

@@ -16,7 +16,7 @@ from selfpruner.config import EvaluationSettings, RunConfig
 from selfpruner.notation import p_value
 from selfpruner.progress import Progress
 from selfpruner.settings import Task
-from selfpruner.workbench import resolved_device, resolved_dtype, settle_process
+from selfpruner.workbench import resolved_dtype, settle_process, usable_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,7 +85,7 @@ def _loaded(
         loaded, tokenizer = (load_spread if spreads else load)(
             name,
             resolved_dtype(config),
-            resolved_device(config),
+            usable_device(config),
             trust_remote_code=trust_remote_code,
         )
     if spreads:

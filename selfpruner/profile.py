@@ -21,7 +21,7 @@ from selfpruner.notation import times
 from selfpruner.profiling import known_table, random_plans, repeatability, timed
 from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
-from selfpruner.workbench import grid_of, resolved_device, resolved_dtype, settle_process
+from selfpruner.workbench import grid_of, resolved_dtype, settle_process, usable_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -130,7 +130,7 @@ def profile_command(
         model, _ = load(
             config.model,
             resolved_dtype(config),
-            resolved_device(config),
+            usable_device(config),
             trust_remote_code=trusted,
         )
     found = profile(model, config.model, grid, workload, plans, progress, again=again)

@@ -319,7 +319,7 @@ class Results(Record):
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all layers keep the same, so that a stock architecture can hold the model."""
+        """Whether all layers keep the same, without which no stock architecture holds the model."""
         return len({(x.kv_groups, x.q_per_group, x.mlp_channels) for x in self.units}) == 1
 
     def save(self, path: Path) -> None:

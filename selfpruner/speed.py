@@ -14,7 +14,7 @@ from pruning.loading import locate
 from selfpruner.config import RunConfig
 from selfpruner.environment import environment
 from selfpruner.progress import Progress
-from selfpruner.workbench import resolved_device, resolved_dtype
+from selfpruner.workbench import resolved_dtype, usable_device
 
 SCHEMA_VERSION = 1
 # Share of its matrix products' speedup that a pruned model should reach in a prefill.
@@ -124,7 +124,7 @@ def measure_speed(asked: Asked, progress: Progress) -> SpeedReport:
             line for each.
     """
     config = RunConfig(model=asked.model)
-    device = resolved_device(config)
+    device = usable_device(config)
     sizes = LARGE if device == "cuda" else SMALL
     cases = _cases(asked, sizes)
     settings = Settings(

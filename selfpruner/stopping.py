@@ -51,7 +51,7 @@ def draining(
     def drain(number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name
         if control.drain_requested:
-            how = "`selfpruner resume` goes on, for an experiment its own command"
+            how = "`selfpruner resume` goes on, and the same command where it was an experiment"
             tell(f"{name}: stopped at once; {how}")
             leave(128 + number)
         else:

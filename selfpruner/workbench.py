@@ -115,7 +115,7 @@ def prepare(config: RunConfig, progress: Progress, folder: RunFolder | None = No
         model, tokenizer = (load if scratch is None else load_streamed)(
             config.model,
             resolved_dtype(config),
-            resolved_device(config),
+            usable_device(config),
             trust_remote_code=config.trust_remote_code,
         )
         family, architecture = family_of(model)
@@ -329,17 +329,22 @@ def settle_process(*, streaming: bool = False) -> None:
 
 
 def resolved_device(config: RunConfig) -> str:
-    """Return the device; `auto` takes a GPU where there is one.
-
-    Raises:
-        ValueError: a GPU is asked for and there is none that torch can use.
-    """
-    is_there = torch.cuda.is_available()
-    if config.device == "cuda" and not is_there:
-        raise ValueError(f"device: got cuda; torch {torch.__version__} finds no GPU here")
+    """Return the device; `auto` takes a GPU where there is one."""
     if config.device != "auto":
         return config.device
-    return "cuda" if is_there else "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def usable_device(config: RunConfig) -> str:
+    """Return the device that a model is to be loaded on in this process.
+
+    Raises:
+        ValueError: a GPU is asked for and torch finds none here.
+    """
+    device = resolved_device(config)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: got cuda; torch {torch.__version__} finds no GPU here")
+    return device
 
 
 def resolved_dtype(config: RunConfig) -> torch.dtype:

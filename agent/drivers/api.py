@@ -38,14 +38,23 @@ class ApiDriver:
     """
 
     def __init__(
-        self, settings: Endpoint, *, base_url: str, model: str | None, key: str = ""
+        self,
+        settings: Endpoint,
+        *,
+        base_url: str,
+        model: str | None,
+        key: str = "",
+        has_answered: bool = False,
     ) -> None:
-        """Take the address, the endpoint's name of the model (None: the first listed) and a key."""
+        """Take the address, the endpoint's name of the model (None: the first listed) and a key.
+
+        `has_answered`: in an earlier process of this search.
+        """
         self._settings = settings
         self._key = key
         self._model = model
         self._adaptation = Adaptation.begin(settings.structured)
-        self._has_answered = False
+        self._has_answered, self._refused = has_answered, 0  # requests in a row
         self._loop = asyncio.new_event_loop()
         self._client = AsyncOpenAI(
             api_key=self._key or "none",
@@ -62,12 +71,12 @@ class ApiDriver:
     def complete(self, requests: Sequence[Request], may_retry: MayRetry) -> Iterator[Completion]:
         """Yield every try as it ends; the last one of each request has a text.
 
-        An endpoint that has answered before may refuse a single request, as one that is too long:
-        that request ends with its failure.
+        An endpoint that has answered may refuse a single request, as one that is too long: that
+        one ends with its failure, unless `driver.tries` in a row do.
 
         Raises:
-            DriverError: a request was refused by an endpoint that never answered, or failed too
-                often or for too long; the other requests were carried on with first.
+            DriverError: a request was refused for good, or failed too often or for too long; the
+                other requests were carried on with first.
         """
         tries: asyncio.Queue[Completion | None] = asyncio.Queue()
         gate = asyncio.Semaphore(self._settings.batch)
@@ -80,13 +89,11 @@ class ApiDriver:
             while (completion := self._loop.run_until_complete(tries.get())) is not None:
                 yield completion
                 tries.task_done()
-            failures = [e for x in tasks if isinstance(e := x.exception(), CallError)]
-            errors = [e for e in failures if not (self._has_answered and e.is_about_request)]
-            if errors:
-                raise DriverError(f"driver {self._address}: {errors[0].reason}")
-            for task in tasks:
-                if not isinstance(task.exception(), CallError):
-                    task.result()
+            for error in (x.exception() for x in tasks):
+                if isinstance(error, CallError) and not self._is_single(error):
+                    raise DriverError(f"driver {self._address}: {error.reason}")
+                if error is not None and not isinstance(error, CallError):
+                    raise error
         finally:
             for task in (*tasks, end):
                 task.cancel()
@@ -156,10 +163,16 @@ class ApiDriver:
                 raise replace(failure, reason=words, may_cost=False) from None
             if failure.is_refusal and self._adaptation.change(way, failure.reason):
                 failure = failure.at_once()
+            self._refused += failure.is_about_request and not failure.may_pass
             raise failure from None
         self._adaptation.works(way)
-        self._has_answered = True
+        self._has_answered, self._refused = True, 0
         return reply
+
+    def _is_single(self, error: CallError) -> bool:
+        """Return whether an endpoint that is well may have refused this request alone."""
+        few = self._refused < max(2, self._settings.tries)
+        return self._has_answered and error.is_about_request and few
 
     async def _model_name(self) -> str:
         """Return the name to ask for: the setting's, or the first that the endpoint lists."""

@@ -68,6 +68,7 @@ class Adaptation:
 
     way: Way
     fixed: bool = False
+    exhausted: bool = False  # a request was refused in every form
 
     @classmethod
     def begin(cls, structured: Structured) -> Self:
@@ -80,11 +81,13 @@ class Adaptation:
             return True
         changed = self._changed(reason.lower())
         self.way = changed or self.way
+        self.exhausted = changed is None
         return changed is not None
 
     def works(self, way: Way) -> None:
-        """Keep the route that brought a reply."""
-        self.fixed = self.fixed or way == self.way
+        """Keep the route that brought a reply: a former one where later ones are refused too."""
+        if not self.fixed and (way == self.way or self.exhausted):
+            self.way, self.fixed = way, True
 
     def _changed(self, reason: str) -> Way | None:
         way = self.way

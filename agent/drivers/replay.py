@@ -39,7 +39,9 @@ class ReplayDriver:
                 tries.pop(0)
 
     def complete(self, requests: Sequence[Request], may_retry: MayRetry) -> Iterator[Completion]:
-        """Yield the recorded tries at each request, in order; what failed for good does so again.
+        """Yield the recorded tries at each request, in order.
+
+        What has no further try failed for good, also where the recording ends amid its tries.
 
         Raises:
             DriverError: the recording has no reply for a request; the others were replied to.
@@ -50,7 +52,8 @@ class ReplayDriver:
             while tries:
                 line = tries.pop(0)  # a request that comes again goes on with its next try
                 yield _completion(number, line)
-                if line.reply is not None or not may_retry(number):
+                goes_on = bool(tries) or request.place in self._cut_short
+                if line.reply is not None or (goes_on and not may_retry(number)):
                     break
             else:
                 if request.place not in self._tries or request.place in self._cut_short:

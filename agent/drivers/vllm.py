@@ -13,7 +13,12 @@ class VllmDriver(ApiDriver):
     """Calls a server that it starts, or finds at its port, and stops with itself."""
 
     def __init__(
-        self, settings: Endpoint, server: VllmServer, on_wait: Callable[[float], None]
+        self,
+        settings: Endpoint,
+        server: VllmServer,
+        on_wait: Callable[[float], None],
+        *,
+        has_answered: bool = False,
     ) -> None:
         """Wait for the server.
 
@@ -26,7 +31,13 @@ class VllmDriver(ApiDriver):
         # The variable that is not named is that of endpoints elsewhere: no key for this server.
         is_named = settings.key_variable != Endpoint.model_fields["key_variable"].default
         key = key_of(settings) if is_named else ""
-        super().__init__(settings, base_url=server.url, model=server.model_id, key=key)
+        super().__init__(
+            settings,
+            base_url=server.url,
+            model=server.model_id,
+            key=key,
+            has_answered=has_answered,
+        )
 
     def close(self) -> None:
         """Close the connections and stop the server."""

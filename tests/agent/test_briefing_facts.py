@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent import allocators, briefing, facts, margins, trajectory
+from agent import briefing, facts, margins, trajectory
 from agent.candidate import Candidate
 from agent.graph import run_search
 from agent.questions import Slot, parents_question, plan_question
@@ -135,12 +135,11 @@ def test_the_target_is_told_in_weights_where_time_is_limited(
 ) -> None:
     context = scene()
     assert briefing.common(context)["target"] == "30"
-    heads, mlp = (range(100, 100 + len(x)) for x in (context.grid.attention, context.grid.mlp))
-    slow = Times(0, tuple(heads), tuple(mlp))  # a dense block takes little more than none
-    timed = replace(context, budget=Budget.timed(slow, context.space.layers, 1.05))
-    share = timed.space.shares(allocators.uniform(timed.space))[:, 1].mean()
-    assert briefing.common(timed)["target"] == f"{100 * (1 - share):.0f}"
-    assert int(briefing.common(timed)["target"]) > 30 > 100 * (1 - timed.space.target)
+    heads, channels = context.space.kept
+    times = Times(0, tuple(1000 + 1000 * heads), tuple(1000 + 3000 * channels))
+    timed = replace(context, budget=Budget.timed(times, context.space.layers, 1.2))
+    assert timed.space.one_share == pytest.approx(0.75)  # 2000 + 4000 x is 6000 / 1.2
+    assert briefing.common(timed)["target"] == "25"
 
 
 def test_nothing_is_told_before_the_first_generation(searched: SearchContext) -> None:

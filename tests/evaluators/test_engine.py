@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import weakref
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 
+from evaluators import engine_llama_cpp
 from evaluators.engine import SkipError, check_room, free_bytes
 
 
@@ -20,3 +27,28 @@ def test_a_cache_leaves_room_for_activations() -> None:
     check_room(80, 100)
     with pytest.raises(SkipError, match="KV cache takes"):
         check_room(81, 100)
+
+
+def test_the_memory_of_the_last_case_is_free_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp: a case that is served is not asked to fit beside itself."""
+    served: list[weakref.ref[Any]] = []
+
+    class Server:
+        def __init__(self, _: Any) -> None:
+            served.append(weakref.ref(self))
+
+    def free(_: str) -> int:
+        return 100 if all(x() is None for x in served) else 0
+
+    stand_in = SimpleNamespace(Server=Server, CommonParams=MagicMock)
+    monkeypatch.setitem(sys.modules, "xllamacpp", stand_in)
+    monkeypatch.setattr(engine_llama_cpp, "free_bytes", free)
+    monkeypatch.setattr(engine_llama_cpp.LlamaCppEngine, "_cached_bytes", lambda _: 1)
+    engine = engine_llama_cpp.LlamaCppEngine({"model": "m", "threads": 1})
+    for batch, tokens in ((1, 70), (1, 70), (1, 80)):
+        engine._serve(batch, tokens)
+    assert len(served) == 3  # one for each case
+    with pytest.raises(SkipError):
+        engine._serve(1, 81)
+    engine._serve(1, 80)
+    assert len(served) == 4

@@ -120,7 +120,7 @@ def write(tmp_path: Path) -> Write:
         ),
         (
             "driver: {kind: embedded}\nsearch: {allocator: hybrid, cost: 2}",
-            "search.cost: got 2.0, which no call would reach; allowed with a driver.price",
+            "search.cost: got 2.0, and no driver has a price; allowed with a driver.price",
         ),
         ("search: {min_rate: 0.95}", "search.min_rate: got 0.95"),
         ("recipe: bset", "recipe: got 'bset'; allowed: best, flap, self_pruner, wanda_sp"),

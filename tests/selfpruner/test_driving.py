@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from selfpruner import driving
 from selfpruner.config import CONFIGS, load_config
 from selfpruner.driving import check_drivers, open_driver
 from selfpruner.progress import Progress
+from selfpruner.run_folder import RunFolder
 from selfpruner.searching import check_words_and_drivers
 from tests.agent.drivers.chat_server import ChatServer, said
 
@@ -119,7 +121,7 @@ def test_a_stored_configuration_names_the_variable_and_no_key(
 
 
 def test_an_endpoint_gets_the_key_in_the_variable_that_is_named(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("SOME_KEY", "sk-secret")
     message = {"role": "user", "content": "Hi!"}
@@ -128,7 +130,8 @@ def test_an_endpoint_gets_the_key_in_the_variable_that_is_named(
     with ChatServer([said("ok")]) as server:
         settings = {"kind": "api", "base_url": server.url, "key_variable": "SOME_KEY", "model": "m"}
         chain = DriverSettings.model_validate(settings).chain
-        driver = open_driver(unused, chain, unused, unused)
+        folder = cast("Any", SimpleNamespace(llm=tmp_path / "llm.jsonl"))
+        driver = open_driver(unused, chain, folder, unused)
         list(driver.complete([request], lambda _: True))
         driver.close()
     assert [x.headers["authorization"] for x in server.calls] == ["Bearer sk-secret"]
@@ -176,7 +179,7 @@ def test_a_server_of_our_own_is_started_as_the_settings_say(
     bench = cast("Any", SimpleNamespace(config=SimpleNamespace(model=str(tmp_path))))
     asked = {"kind": "vllm", "python": "there", "port": 8123, "eager": True, "gpu_share": 0.3}
     chain = DriverSettings.model_validate(asked).chain
-    folder = cast("Any", tmp_path)
+    folder = RunFolder(tmp_path)
     list(open_driver(bench, chain, folder, Progress(StringIO())).complete([], lambda _: True))
     assert seen == {
         "model": str(tmp_path),
@@ -206,5 +209,11 @@ def test_what_vllm_cannot_load_is_written_once_for_each_model(tmp_path: Path) ->
     assert driving._served_folder(bench, folder, first) == served
     assert (served.name, len(written)) == ("some--model-1B", 2)  # the model and its tokenizer
     assert driving._context(first, served) == 9000
-    config.model = "another.gguf"
-    assert driving._served_folder(bench, folder, first).name == "another.gguf"
+    names = set()
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "tiny.gguf").touch()
+        config.model = str(tmp_path / place / "tiny.gguf")
+        names.add(driving._served_folder(bench, folder, first).name)
+    assert len(names) == 2
+    assert all(re.fullmatch(r"tiny-[0-9a-f]{8}", x) for x in names)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from agent.drivers.driver import DriverError
 from selfpruner.cells import run_cells
 from selfpruner.config import CONFIGS
-from selfpruner.experiment import cells_of, digest_of
+from selfpruner.experiment import _goes_on, cells_of, digest_of
 from selfpruner.experiment_config import load_experiment
+from selfpruner.progress import Progress
 from selfpruner.workers import take_device, visible_devices
 
 
@@ -78,6 +81,14 @@ def test_finished_cells_are_not_run_again(tmp_path: Path) -> None:
     path.write_text(path.read_text() + "{broken\n")
     with pytest.raises(ValueError, match=r"x\.jsonl, line 5: not JSON"):
         run_cells(path, cells, figures)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, DriverError])
+def test_an_experiment_that_stops_says_how_to_go_on(error: type[BaseException]) -> None:
+    told = StringIO()
+    with pytest.raises(error), _goes_on(Progress(told)):
+        raise error
+    assert "the same command goes on where it stopped" in told.getvalue()
 
 
 @pytest.mark.parametrize("left", ["", '{"cell": {"n"', '{"cell": {"n": 2}, "figures": {}}'])

@@ -27,7 +27,7 @@ from selfpruner.costs.memory import MemoryModel
 from selfpruner.costs.work import Running
 from selfpruner.progress import Progress
 from selfpruner.run_folder import RunFolder
-from selfpruner.workbench import prepare, rank, resolved_device
+from selfpruner.workbench import prepare, rank, usable_device
 
 # Output projections of a dense plan: three layers, 32 + 48 columns of 32 numbers in float32.
 DENSE = 3 * (32 + 48) * 32 * 4
@@ -97,8 +97,8 @@ def test_cuts_are_measured_by_curvature_where_it_is_asked_for(tiny_run: Path, se
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"device: got cuda; torch .* finds no GPU here"):
-        resolved_device(load_config(CONFIGS / "demo.yaml", settings=("device=cuda",)))
-    assert resolved_device(load_config(CONFIGS / "demo.yaml")) == "cpu"
+        usable_device(load_config(CONFIGS / "demo.yaml", settings=("device=cuda",)))
+    assert usable_device(load_config(CONFIGS / "demo.yaml")) == "cpu"
 
 
 @pytest.mark.parametrize("memory", ["whole", "streamed"])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from email.utils import formatdate
 from typing import Any
 
@@ -247,11 +248,44 @@ def test_failures_that_pass_do_not_change_the_form() -> None:
 
 
 @pytest.mark.parametrize("status", [401, 404, 501])
-def test_an_endpoint_that_refuses_all_is_given_up_although_it_answered(status: int) -> None:
+def test_an_endpoint_that_is_not_there_any_more_is_given_up_at_once(status: int) -> None:
     with ChatServer([GOOD, refused(status)]) as server, driving(server) as driver:
         complete(driver)
         tries, _ = complete_in_vain(driver)
     assert len(tries) == 1
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_an_endpoint_that_refuses_all_is_given_up_although_it_answered(status: int) -> None:
+    script = [GOOD, *[refused(status)] * 2, GOOD, *[refused(status)] * 3]
+    with ChatServer(script) as server, driving(server, tries=3) as driver:
+        for good in (True, False, False, True, False, False):
+            (done,) = driver.complete([ask_for()], lambda _: True)
+            assert (done.text is not None) == good
+        complete_in_vain(driver)
+
+
+def test_an_endpoint_that_answered_in_an_earlier_process_may_refuse_one() -> None:
+    with ChatServer([refused(413), GOOD]) as server:
+        settings = Endpoint(kind="api", base_url=server.url, timeout=PLENTY, structured="text")
+        driver = ApiDriver(settings, base_url=server.url, model="m", has_answered=True)
+        with closing(driver):
+            (failed,) = driver.complete([ask_for()], lambda _: True)
+            complete(driver)
+    assert failed.text is None
+
+
+def test_the_form_that_worked_is_kept_though_another_request_was_refused_in_all() -> None:
+    def script(call: Call) -> Act:
+        is_long = "long" in call.body["messages"][-1]["content"]
+        return refused(400, "too long") if is_long else GOOD.but(delay=0.5)
+
+    long = replace(ask_for(1), messages=({"role": "user", "content": "long"},))
+    with ChatServer(script) as server, driving(server, batch=2) as driver:
+        done = list(driver.complete([ask_for(), long], lambda _: True))
+        complete(driver)
+    assert [x.request for x in done if x.text is not None] == [0]
+    assert routes(server)[-1] == "json_schema"
 
 
 def test_a_form_that_all_in_flight_found_refused_is_changed_once() -> None:

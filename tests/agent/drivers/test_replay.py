@@ -120,9 +120,11 @@ def test_failed_tries_fail_again(tmp_path: Path) -> None:
 
 
 def test_what_failed_for_good_does_so_again(tmp_path: Path) -> None:
+    asked: list[int] = []
     driver = recorded(tmp_path, line(0, None), line(1, "one"))
-    tries = list(driver.complete([request(0), request(1)], lambda _: True))
+    tries = list(driver.complete([request(0), request(1)], lambda i: bool(asked.append(i))))
     assert [(x.request, x.text) for x in tries] == [(0, None), (1, "one")]
+    assert not asked  # no further try is on file, so that none is set aside
 
 
 def test_a_limit_ends_the_tries(tmp_path: Path) -> None:
