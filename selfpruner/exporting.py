@@ -99,3 +99,5 @@ def _convert(model: str, out: Path, dtype: str) -> None:
     export(loaded, tokenizer, out, wanted)
     if (Path(model) / "README.md").is_file():
         shutil.copyfile(Path(model) / "README.md", out / "README.md")
+        with (out / "README.md").open("a", encoding="utf-8") as card:
+            card.write(f"\nThis copy was converted to {_DTYPES[dtype]} after all measurements.\n")

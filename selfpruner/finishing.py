@@ -110,7 +110,9 @@ def _refitted(
 
 
 def _judged(before: float, after: float) -> Refit:
-    return Refit(kept=after < before, before=before, after=after)
+    # What is no number is below nothing, and a refit may mend it.
+    is_mended = math.isnan(before) and not math.isnan(after)
+    return Refit(kept=after < before or is_mended, before=before, after=after)
 
 
 def best_on_fresh_tokens(found: SearchResult, selection: Fitness) -> tuple[Candidate, float]:

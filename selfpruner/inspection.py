@@ -66,7 +66,7 @@ def evaluate_command(
         console.print(
             f"difference {difference.points:+.2f} points, "
             f"95 % interval {low:+.2f} to {high:+.2f}, paired by item. "
-            + difference.resolution(sum(x.n for x in scores[model].values()))
+            + difference.resolution([x.n for x in scores[model].values()])
         )
 
 

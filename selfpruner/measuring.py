@@ -173,7 +173,8 @@ def profile(
         bool, typer.Option("--again", help="Measure anew what is known of this machine.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of its files; runs/profiles/MODEL-PHASE.")
+        Path | None,
+        typer.Option(help="Folder of its files; one in runs/profiles by model and load."),
     ] = None,
     trust_remote_code: _Trust = False,
 ) -> None:

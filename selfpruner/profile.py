@@ -121,6 +121,11 @@ def profile_command(
     settle_process()
     config = load_config(Path(source)) if _is_config(source) else RunConfig(model=source)
     asked = config.workload if _is_config(source) else Workload("decode", 1, 512)
+    if config.memory == "streamed":
+        raise ValueError(
+            f"{source}: got memory: streamed, allowed whole: models are timed as they are, on one "
+            "device"
+        )
     workload = timing.of(asked)
     trusted = trust_remote_code or config.trust_remote_code
     grid = grid_of(config, architecture_of(config.model, trust_remote_code=trusted))
@@ -145,7 +150,7 @@ def default_folder(source: str, workload: Workload) -> Path:
     """Return where the profile of a model or of a configuration goes, by its name."""
     # A model's name may have dots: Llama-3.2-1B and Llama-3.2-3B share no folder.
     name = Path(source).stem if _is_config(source) else Path(source).name
-    return Path("runs") / "profiles" / f"{name}-{workload.phase}"
+    return Path("runs") / "profiles" / f"{name}-{workload.phase}-{workload.batch}x{workload.tokens}"
 
 
 def _is_config(source: str) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import JsonValue
 
 from selfpruner import notation
-from selfpruner.results import NORMALISED, Quality, Results, SpeedRow, TaskNumbers
+from selfpruner.results import NORMALISED, Results, SpeedRow, TaskNumbers
 from selfpruner.run_folder import write_whole
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def write_report(folder: Path) -> Path:
         origins=_origins(results),
         perplexities=_perplexities(results),
         tasks=_tasks(results),
-        resolution=_resolution(results.quality),
+        resolution=results.quality.resolution,
         kept=_kept(results),
         longest=max([*results.cost.stage_seconds.values(), 1e-9]),
         is_stock=_is_stock(folder, results),
@@ -191,13 +191,6 @@ def _tasks(results: Results) -> list[dict[str, Any]]:
             ],
         })  # fmt: skip
     return table
-
-
-def _resolution(quality: Quality) -> str | None:
-    """Return in words whether the sample of items tells the two models apart; None without."""
-    if quality.difference is None:
-        return None
-    return quality.difference.resolution(sum(x.n for x in quality.pruned.tasks.values()))
 
 
 def _change(before: TaskNumbers | None, after: TaskNumbers, field: str) -> str:

@@ -6,6 +6,7 @@ that overflowed. Accuracies are 0 to 1, times seconds unless the name says `ms`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,6 +41,8 @@ def _finite(value: Any) -> Any:
 
 Finite = Annotated[float | None, BeforeValidator(_finite)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+_FEWEST_ITEMS = 10  # of a task; of fewer no interval is believed
 
 
 class Record(BaseModel):
@@ -133,25 +136,25 @@ class Difference(Record):
     ci95: Annotated[tuple[float, float], Field(strict=False)]
     mcnemar: dict[str, Share] | None = None
 
-    @property
-    def is_resolved(self) -> bool:
-        """Whether the 95 % interval leaves out zero."""
-        return not self.ci95[0] <= 0 <= self.ci95[1]
-
-    def resolution(self, items: int) -> str:
-        """Return in words whether so many items tell the two models apart."""
-        size = f"{abs(self.points):.2f} points"
+    def resolution(self, items: Sequence[int]) -> str:
+        """Return in words whether so many items, by task, tell the two models apart."""
         if float(f"{self.points:.2f}") == 0:
             return "The mean has not moved."
-        change = "drop" if self.points < 0 else "gain"
-        if self.is_resolved:
+        change = f"The {'drop' if self.points < 0 else 'gain'} of {abs(self.points):.2f} points"
+        low, high = self.ci95
+        # Resampling a handful of items, or items that all agree, shows none of their variation.
+        if min(items) < _FEWEST_ITEMS or low == high:
             return (
-                f"The {change} of {size} is resolved by the {items:,} items: "
-                "its 95 % interval leaves out zero."
+                f"{change} is not resolved: {min(items)} items of a task are too few to tell how "
+                "they vary."
+            )
+        if low <= 0 <= high:
+            return (
+                f"{change} is not resolved by the {sum(items):,} items: its 95 % interval "
+                "includes zero, so more items are needed to tell it from none."
             )
         return (
-            f"The {change} of {size} is not resolved by the {items:,} items: its 95 % interval "
-            "includes zero, so more items are needed to tell it from none."
+            f"{change} is resolved by the {sum(items):,} items: its 95 % interval leaves out zero."
         )
 
 
@@ -161,6 +164,13 @@ class Quality(Record):
     dense: QualityNumbers
     pruned: QualityNumbers
     difference: Difference | None
+
+    @property
+    def resolution(self) -> str | None:
+        """Whether the items tell the two models apart, in words; None without tasks."""
+        if self.difference is None:
+            return None
+        return self.difference.resolution([x.n for x in self.pruned.tasks.values()])
 
 
 class SpeedRow(Record):

@@ -32,7 +32,7 @@ def answering(config: RunConfig, asked: Asking, dense: Running) -> tuple[Work, .
     if driver.kind == "api":
         return (Work(waiting=waves * (_API_LATENCY + reply / _API_TOKENS_A_SECOND)),)
     model = driver_of(config, dense) or dense
-    loaded = Work(disk=0.0 if driver.model is None else model.weight_bytes)
+    loaded = Work(disk=0.0 if driver.model in (None, config.model) else model.weight_bytes)
     prompt = max(1, asked.prompt_tokens // asked.calls)
     read = model.passes(asked.prompt_tokens, prompt, rows)
     if driver.kind == "vllm":
@@ -49,7 +49,7 @@ def driver_of(config: RunConfig, dense: Running) -> Running | None:
     kind, name = config.driver.kind, config.driver.model
     if not config.search.asks_llm or kind not in ("embedded", "vllm"):
         return None
-    if name is None:
+    if name is None or name == config.model:
         return dense if kind == "vllm" else None
     try:
         return replace(dense, architecture=architecture_by_name(name))

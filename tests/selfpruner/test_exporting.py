@@ -108,6 +108,8 @@ def test_hf_in_another_type(run: RunFolder, tmp_path: Path) -> None:
     assert selfpruner(run, "--to", "hf", "--dtype", "f16", "--out", out).exit_code == 0
     half, full = (AutoModelForCausalLM.from_pretrained(x) for x in (out, run.model))
     assert half.dtype == torch.float16
+    card = (out / "README.md").read_text()
+    assert card.endswith("converted to float16 after all measurements.\n")
     for name, parameter in full.named_parameters():
         assert torch.equal(half.get_parameter(name), parameter.half()), name
     assert {x.name for x in out.iterdir()} == {x.name for x in run.model.iterdir()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from io import StringIO
@@ -34,6 +35,9 @@ def test_a_refit_is_kept_where_it_lowers_the_fitness() -> None:
     assert finishing._judged(1.0, 0.5).kept
     assert not finishing._judged(0.5, 1.0).kept
     assert not finishing._judged(1.0, 1.0).kept
+    assert finishing._judged(math.nan, 2.0).kept
+    assert not finishing._judged(1.0, math.nan).kept
+    assert not finishing._judged(math.nan, math.nan).kept
 
 
 @pytest.mark.parametrize("kept", [True, False])

@@ -66,7 +66,7 @@ def test_numbers_and_limits_are_there() -> None:
         "boolq, accuracy, 40 items, validation | 60.25 % | 55.00 %",
         "hellaswag, accuracy, 40 items, validation | 42.50 % | 37.50 %",
         "mean accuracy | 49.32 % | 45.00 %",
-        "The interval includes zero",
+        "its 95 % interval includes zero",
         "at most 40 items a task",
         "Warning of the run: accuracy rests on 40 items",
         "refit of the remaining weights was kept.",

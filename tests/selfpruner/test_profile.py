@@ -111,14 +111,22 @@ def test_errors_by_hand() -> None:
 @pytest.mark.parametrize(
     ("source", "name"),
     [
-        ("owner/Llama-3.2-1B", "Llama-3.2-1B-decode"),
-        ("models/small.gguf", "small.gguf-decode"),
-        ("configs/demo.yaml", "demo-decode"),
+        ("owner/Llama-3.2-1B", "Llama-3.2-1B-decode-1x8"),
+        ("models/small.gguf", "small.gguf-decode-1x8"),
+        ("configs/demo.yaml", "demo-decode-1x8"),
     ],
 )
 def test_models_of_different_names_have_folders_of_their_own(source: str, name: str) -> None:
     found = profiles.default_folder(source, Workload("decode", 1, 8))
     assert found == Path("runs/profiles") / name
+
+
+def test_a_streamed_configuration_is_refused(tmp_path: Path, tiny_run: Path) -> None:
+    config = tmp_path / "streamed.yaml"
+    config.write_text(f"model: {tiny_run}\nmemory: streamed\ndata: {{choices: 0}}\n")
+    said = CliRunner().invoke(main, ["profile", str(config)])
+    assert said.exit_code == 2
+    assert "memory: streamed, allowed whole" in " ".join(said.output.split())
 
 
 def test_too_few_plans_are_refused(tiny_run: Path) -> None:

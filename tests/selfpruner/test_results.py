@@ -209,10 +209,16 @@ def test_results_older_than_a_field_still_load(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ci95", "is_resolved"),
-    [((-8.0, -0.1), True), ((-8.0, 0.0), False), ((-1.0, 2.0), False), ((0.5, 2.0), True)],
+    ("ci95", "items", "words"),
+    [
+        ((-8.0, -0.1), [40, 1000], "drop of 1.00 points is resolved by the 1,040 items"),
+        ((-8.0, 0.0), [40, 40], "drop of 1.00 points is not resolved by the 80 items"),
+        ((-1.0, 2.0), [40, 40], "drop of 1.00 points is not resolved by the 80 items"),
+        ((-8.0, -0.1), [40, 9], "not resolved: 9 items of a task are too few"),
+        ((-1.0, -1.0), [40, 40], "not resolved: 40 items of a task are too few"),
+    ],
 )
 def test_a_difference_is_resolved_where_its_interval_leaves_out_zero(
-    ci95: tuple[float, float], is_resolved: bool
+    ci95: tuple[float, float], items: list[int], words: str
 ) -> None:
-    assert Difference(points=-1.0, ci95=ci95).is_resolved is is_resolved
+    assert words in Difference(points=-1.0, ci95=ci95).resolution(items)

@@ -155,6 +155,13 @@ def test_gguf_files_go_to_llama_cpp_alone(
     assert asked_of[0][2] == [Case(2, 3, speed.SMALL.new_tokens)]
 
 
+def test_a_baselines_file_without_a_baseline_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    file = tmp_path / "m.gguf"
+    with Progress() as progress, pytest.raises(ValueError, match="without --baseline"):
+        measure_speed(Asked(str(tmp_path), gguf=file, baseline_gguf=file), progress)
+
+
 def test_a_given_gguf_is_not_set_beside_one_that_nobody_named(
     asked_of: list[tuple[str, dict[str, Source], list[Case]]], tmp_path: Path
 ) -> None:
