@@ -78,7 +78,8 @@ class SearchNumbers(Record):
     without a reply, `duplicates` replies with a plan known already; `stopped` names the limit that
     ended the search. `best_fitness` is the lowest on search tokens; of the plan that was selected,
     `selected_fitness` is on search tokens (None in files older than it) and `selection_fitness` on
-    fresh ones.
+    fresh ones. `fitness` is the weight of each of its terms, `predicted` what predicted times and
+    speedups are of (None in files older than them).
     """
 
     allocator: str
@@ -98,6 +99,8 @@ class SearchNumbers(Record):
     best_fitness: Finite
     selected_fitness: Finite = None
     selection_fitness: Finite
+    fitness: dict[str, float] | None = None
+    predicted: str | None = None
     wall_seconds: NonNegativeFloat
 
 

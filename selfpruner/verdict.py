@@ -215,6 +215,8 @@ def _search_numbers(config: RunConfig, outcome: Outcome, ledger: Ledger) -> Sear
         best_fitness=found.lowest_fitness,
         selected_fitness=outcome.selected.fitness,
         selection_fitness=outcome.selection_fitness,
+        fitness=dict(config.fitness),
+        predicted=str(config.workload),
         wall_seconds=found.seconds,
     )
 

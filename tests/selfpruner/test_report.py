@@ -264,8 +264,17 @@ def test_comparison_shows_each_run(tmp_path: Path) -> None:
     _assert_harmless(page)
     assert Tags(page).names["svg"] == 2
     text = " ".join(_visible(page).split())
-    for wanted in ("A: one, B: two", "102,654,272 91,234,567", "45.00 % 42.13 %", "llm uniform",
-                   "Perplexity, ptb – → – – → 77.31", "Speedup, decode 1.23\N{MULTIPLICATION SIGN} –"):  # noqa: E501, RUF001  # fmt: skip
+    none = "\N{EN DASH}"
+    for wanted in (
+        "A: one, B: two",
+        "102,654,272 91,234,567",
+        "45.00 % 42.13 %",
+        "llm uniform",
+        f"Perplexity, ptb {none} \N{RIGHTWARDS ARROW} {none} {none} \N{RIGHTWARDS ARROW} 77.31",
+        f"Speedup, decode 1.23\N{MULTIPLICATION SIGN} (batch 1, 16 tokens) {none}",
+        "Tasks, items, batch 7, 280, 8",
+        f"Measured with {none} on {none}",
+    ):
         assert wanted in text
 
 
