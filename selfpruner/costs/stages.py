@@ -134,10 +134,8 @@ class RunStages:
         if items:
             works.append(judging.items(self.pruned, items * looked))
             tokens += items * looked * judging.ITEM_TOKENS
-        if self.config.pruning.statistics == "sequential":
-            again = (*self._calibration(self.dense), *self._rankings(), self._rerun())
-            works += self._shared([times(work, count) for work in again])
-            tokens += count * 2 * self._calibration_tokens
+        works += self._shared(self._ranked_anew(count))
+        tokens += self._ranking_tokens(count)
         return Stage("search", tuple(works), self.memory.search(), tokens)
 
     def ask(self) -> Stage:
@@ -165,10 +163,11 @@ class RunStages:
             *self._shared(self.scoring.cuts(count)),
         ]
         works += self.scoring.scores(1, select)
+        finalists = self._finalists * len(targets)
+        works += [*self._shared(self._ranked_anew(count)), *self._ranked_anew(finalists)]
         works += self._read(len(targets) * (self._walks(each) + 1) * self.memory.cuts)
-        return Stage(
-            "front", tuple(works), self.memory.score(), count * self._scored_tokens + select
-        )
+        tokens = count * self._scored_tokens + select + self._ranking_tokens(count + finalists)
+        return Stage("front", tuple(works), self.memory.score(), tokens)
 
     def select(self) -> Stage:
         """Return the finalists on fresh tokens, and what the refit is judged by there."""
@@ -176,8 +175,10 @@ class RunStages:
         scored = self._finalists
         scored += 2 * self.models if self.config.pruning.refit else 0
         works = [*self.scoring.references(fresh), *self.scoring.scores(scored, fresh)]
+        works += self._ranked_anew(self._finalists)
         works += self._read(self.memory.cuts + self.dense.weight_bytes + self.memory.finished)
-        return Stage("select", tuple(works), self.memory.score(), scored * fresh)
+        tokens = scored * fresh + self._ranking_tokens(self._finalists)
+        return Stage("select", tuple(works), self.memory.score(), tokens)
 
     def refit(self) -> Stage:
         """Return the refit of the found plan and of its controls, in one pass over the dense model.
@@ -197,9 +198,10 @@ class RunStages:
         return Stage("refit", tuple(works), self.memory.refit(), read)
 
     def controls(self) -> Stage:
-        """Return the perplexities of the controls."""
-        works = (self.models - 1) * self._perplexities(self.pruned)
-        tokens = (self.models - 1) * self._reported
+        """Return the perplexities of the controls, and what ranks their units anew."""
+        count = self.models - 1
+        works = [*self._ranked_anew(count), *(count * self._perplexities(self.pruned))]
+        tokens = count * self._reported + self._ranking_tokens(count)
         return Stage("controls", tuple(works), self.memory.controls(), tokens)
 
     def export(self) -> Stage:
@@ -377,8 +379,17 @@ class RunStages:
     def _rankings(self) -> tuple[Work, ...]:
         return surgery.ranking(self._shapes, self.config.pruning)
 
-    def _rerun(self) -> Work:
-        return self._blocks(self.pruned, self._calibration_tokens)
+    def _ranked_anew(self, plans: int) -> list[Work]:
+        """Return what ranks units on what the pruned layers below a plan's put out, for each."""
+        if self.config.pruning.statistics != "sequential":
+            return []
+        rerun = self._blocks(self.pruned, self._calibration_tokens)
+        works = (*self._calibration(self.dense), *self._rankings(), rerun)
+        return [times(work, plans) for work in works]
+
+    def _ranking_tokens(self, plans: int) -> int:
+        is_anew = self.config.pruning.statistics == "sequential"
+        return 2 * plans * self._calibration_tokens if is_anew else 0
 
     def _perplexities(self, model: Running) -> list[Work]:
         return judging.perplexities(model, self.config.data, self._rows)
