@@ -77,6 +77,14 @@ class Arena:
         )
         return cls(bench, prunable, errors, score, selection, speed)
 
+    def fix_order(self, folder: RunFolder) -> None:
+        """Store which ranking the plans of another search mean, or see that it is the stored one.
+
+        Raises:
+            ValueError: the search began with another ranking.
+        """
+        _fix_order(self.prunable, self.errors, self.bench, folder)
+
     def proposing(self, config: RunConfig) -> Self:
         """Return this arena for another way of proposing plans, or for another budget."""
         return replace(self, bench=self.bench.proposing(config))

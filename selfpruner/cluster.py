@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from selfpruner.crew import LostError, Result, Task, Work
 from selfpruner.endings import faults_told_apart
+from selfpruner.environment import usable_cores
 
 LOCAL = "local"
 
@@ -41,7 +42,7 @@ def check(address: str, threads: int | None) -> None:
     """
     _check_installed()
     if address == LOCAL:
-        cores = os.cpu_count() or 1
+        cores = usable_cores()
         if threads is not None and threads > cores:
             raise ValueError(f"--threads: got {threads}; allowed: up to {cores}, the cores here")
         return

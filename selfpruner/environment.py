@@ -50,6 +50,14 @@ def environment(seed: int, threads: int | None = None) -> dict[str, Any]:
     }
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may use: fewer than there are where it is held to some."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not a Linux
+        return os.cpu_count() or 1
+
+
 def device_name(device: torch.device) -> str:
     """Return what timings on a device depend on: the name of the CPU or the GPU."""
     import torch

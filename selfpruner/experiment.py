@@ -20,6 +20,7 @@ import torch
 from agent.drivers.driver import DriverError
 from agent.graph import SearchResult
 from agent.ledger import Ledger
+from agent.racing import NOT_FINITE
 from prompts.library import load_strategy
 from pruning.loading import architecture_of
 from selfpruner.arena import Arena
@@ -189,12 +190,15 @@ class _Searches:
         run = self._plan.runs[cell["arm"]].model_copy(update=facts)
         path = self._folder / _slug(cell["model"]) / cell["budget"]
         folder = RunFolder.begun(path / "{arm}-{seed}-{settings}".format_map(cell), run)
-        return _figures(self._arena(run).proposing(run), folder, self._progress)
+        arena = self._arena(run)
+        arena.fix_order(folder)
+        return _figures(arena.proposing(run), folder, self._progress)
 
     def _arena(self, cell: RunConfig) -> Arena:
         """Return the arena of a cell's model, with the seed of the base: all share its text.
 
-        Budgets of time have one of their own for every workload that is to be faster.
+        Budgets of time have one of their own for every workload that is to be faster, and so have
+        settings of the base that were changed since.
         """
         path = self._folder / _slug(cell.model)
         run = self._plan.base.model_copy(update={"model": cell.model})
@@ -202,7 +206,9 @@ class _Searches:
             run = run.model_copy(update={"budget": cell.budget})
         asked = run.workload
         timed = run.budget.kind == "speedup"
-        name = f"arena-{asked.phase}-{asked.batch}-{asked.tokens}" if timed else "arena"
+        name = f"arena-{digest_of(run)}"
+        if timed:
+            name += f"-{asked.phase}-{asked.batch}-{asked.tokens}"
         if path / name not in self._arenas:
             self._arenas.clear()
             with _turn(path):
@@ -260,8 +266,9 @@ def _turn(folder: Path) -> Iterator[None]:
 
 
 def _slug(model: str) -> str:
-    """Return a model's name as a folder's."""
-    return re.sub(r"[^\w.-]+", "_", model).strip("_.")
+    """Return a model's name as a folder's, with what tells it from names that read alike."""
+    digest = hashlib.sha256(model.encode()).hexdigest()[:8]
+    return re.sub(r"[^\w.-]+", "_", model).strip("_.") + f"-{digest}"
 
 
 def _figures(arena: Arena, folder: RunFolder, progress: Progress) -> Figures:
@@ -285,6 +292,11 @@ def _figures(arena: Arena, folder: RunFolder, progress: Progress) -> Figures:
     }
 
 
+def _whole(fitness: float) -> float:
+    """Return a fitness as searches have it: JSON has no word for what is not finite."""
+    return fitness if abs(fitness) < NOT_FINITE else NOT_FINITE
+
+
 def _steps(found: SearchResult, arena: Arena, ledger: Ledger) -> Iterator[dict[str, Any]]:
     """Yield every change of the plan that led, at the price of the generations up to it."""
     changes = [next(same) for _, same in groupby(found.leaders, key=lambda x: x[1].id)]
@@ -295,5 +307,5 @@ def _steps(found: SearchResult, arena: Arena, ledger: Ledger) -> Iterator[dict[s
             "evaluations": float(ledger.price(generation)),
             "tokens": sum(x.tokens for x in ledger.lines() if x.generation <= generation),
             "fitness": candidate.fitness,
-            "selection_fitness": fresh[candidate.plan],
+            "selection_fitness": _whole(fresh[candidate.plan]),
         }

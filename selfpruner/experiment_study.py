@@ -22,6 +22,7 @@ Interval = tuple[float, float] | None
 
 ALPHA = 0.05
 LEAST_UNITS = 10
+LEAST_SEEDS = 3  # budgets and models of one seed share its draws and windows
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Comparison:
         arm: whose fitness counts with a plus.
         against: whose counts with a minus.
         units: common units.
+        seeds: how many seeds they have.
         mean: of the differences; below 0 the arm is better.
         interval: its 95 % t interval over seeds, models and budgets being as they are; None where
             none of them has two.
@@ -42,6 +44,7 @@ class Comparison:
     arm: str
     against: str
     units: int
+    seeds: int
     mean: float
     interval: Interval
     p: float
@@ -49,8 +52,13 @@ class Comparison:
 
     @property
     def is_gain(self) -> bool:
-        """Whether the arm is better, by more than chance and over enough units."""
-        return self.mean < 0 and self.p_holm < ALPHA and self.units >= LEAST_UNITS
+        """Whether the arm is better, by more than chance and over enough units and seeds."""
+        return self.mean < 0 and self.p_holm < ALPHA and self.is_enough
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether there are units and seeds enough for a claim."""
+        return self.units >= LEAST_UNITS and self.seeds >= LEAST_SEEDS
 
 
 @dataclass(frozen=True)
@@ -199,10 +207,10 @@ class Study:
         """Return whether the LLM helps.
 
         It does where an arm of role llm beats the best classical arm (its paired difference is
-        below 0, Holm-adjusted p below ALPHA over at least LEAST_UNITS units) and its placebos
-        show that what the LLM is told is the cause: none of them beats that control as well, and
-        the arm beats each of them. Without a placebo, or before all of them and all classical arms
-        are finished, nothing is claimed.
+        below 0, Holm-adjusted p below ALPHA over at least LEAST_UNITS units of LEAST_SEEDS seeds)
+        and its placebos show that what the LLM is told is the cause: none of them beats that
+        control as well, and the arm beats each of them. Without a placebo, or before all of them
+        and all classical arms are finished, nothing is claimed.
         """
         if "llm" not in self.roles.values():
             return Verdict(False, ())
@@ -265,6 +273,7 @@ class Study:
                 arm=pair[0],
                 against=pair[1],
                 units=len(differences[pair]),
+                seeds=len({seed for _, _, seed in differences[pair]}),
                 mean=statistics.fmean(differences[pair].values()),
                 interval=interval_of(differences[pair]),
                 p=p_values[name],
@@ -275,7 +284,15 @@ class Study:
 
     def _differences(self, arm: str, other: str) -> dict[Unit, float]:
         one, two = self.values(arm), self.values(other)
-        return {unit: one[unit] - two[unit] for unit in one if unit in two}
+        found = {unit: one[unit] - two[unit] for unit in one if unit in two}
+        if not (self._is_fixed(arm) and self._is_fixed(other)):
+            return found
+        # Two plans that no seed changes differ once, however many seeds they are filed under.
+        return {unit: found[unit] for unit in {unit[:2]: unit for unit in found}.values()}
+
+    def _is_fixed(self, arm: str) -> bool:
+        """Whether every run of the arm scored one plan."""
+        return all(x.get("plans") == 1 for x in self.figures(arm).values())
 
 
 def unit_of(row: Row) -> Unit:
@@ -314,10 +331,12 @@ def _doubt(found: Comparison) -> str:
             f"no gain over {found.against}: its fitness is {change} over {_units(found)} "
             f"(adjusted p = {found.p_holm:.3g})."
         )
-    if found.units < LEAST_UNITS:
+    if not found.is_enough:
+        few = "units" if found.units < LEAST_UNITS else "seeds"
         return (
-            f"too few units: its fitness is {change} than that of {found.against} over "
-            f"{_units(found)}, where at least {LEAST_UNITS} are wanted."
+            f"too few {few}: its fitness is {change} than that of {found.against} over "
+            f"{_units(found)} of {found.seeds} seeds, where at least {LEAST_UNITS} of "
+            f"{LEAST_SEEDS} are wanted."
         )
     return (
         f"no gain over {found.against} that chance does not explain: its fitness is {change} over "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 
+from agent.racing import NOT_FINITE
 from selfpruner.experiment_study import Axis, Comparison, Study, Unit, interval_of, read_off
 from selfpruner.notation import MISSING
 
@@ -97,6 +98,8 @@ def token_lines(study: Study) -> list[tuple[str, ...]]:
 
 def spread(values: Mapping[Unit, float]) -> str:
     """Return the mean and, where there are several seeds, its 95 % interval over them."""
+    if broken := sum(abs(x) >= NOT_FINITE for x in values.values()):
+        return f"{broken} of {len(values)} not finite"
     mean, interval = f"{statistics.fmean(values.values()):.4f}", interval_of(values)
     return mean if interval is None else f"{mean} [{interval[0]:.4f}, {interval[1]:.4f}]"
 
@@ -112,5 +115,7 @@ def _difference(found: Comparison | None) -> tuple[str, str, str]:
     if found is None:
         return MISSING, MISSING, MISSING
     interval = found.interval
+    if abs(found.mean) * found.units >= NOT_FINITE:
+        return "not finite", f"{found.p:.3g}", f"{found.p_holm:.3g}"
     limits = "" if interval is None else f" [{interval[0]:+.4f}, {interval[1]:+.4f}]"
     return f"{found.mean:+.4f}{limits}", f"{found.p:.3g}", f"{found.p_holm:.3g}"

@@ -133,7 +133,7 @@ def _searched(
     there = arena.within(budget, _config(arena.bench.config, target))
     shares = arena.bench.space.shares(arena.bench.grid.levels(nearest))
     start = there.bench.grid.plan(there.bench.space.project(shares))
-    own = RunFolder.begun(folder / f"front/{target:g}", there.bench.config)
+    own = RunFolder.begun(folder / f"front/{target:.12g}", there.bench.config)
     progress.note(f"front: {budget.kind} {target:g}")
     found = search(there, there.bench.config, own, progress, (start,), probes)
     best = best_on_fresh_tokens(found, there.selection)
@@ -141,11 +141,12 @@ def _searched(
 
 
 def _config(config: RunConfig, target: float) -> RunConfig:
-    """Return the configuration of one more budget: fewer evaluations, no LLM and no new probes."""
+    """Return the configuration of one more budget: less time, no LLM and no new probes."""
     search = config.search
     few = max(1, round(config.front.effort * search.evaluations))
     by = search.classical if search.asks_llm else search.allocator
-    settings = {"evaluations": few, "allocator": by, "probes": 0}
+    seconds = None if search.seconds is None else config.front.effort * search.seconds
+    settings = {"evaluations": few, "seconds": seconds, "allocator": by, "probes": 0}
     return config.model_copy(
         update={
             "budget": config.budget.model_copy(update={config.budget.kind: target}),

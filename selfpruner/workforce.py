@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from selfpruner.crew import Crew, Result, Task, Work
+from selfpruner.environment import usable_cores
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Workforce:
             import torch
 
             return torch.get_num_threads()
-        return max(1, (os.cpu_count() or 1) // self.size)
+        return max(1, usable_cores() // self.size)
 
     @contextmanager
     def residents(

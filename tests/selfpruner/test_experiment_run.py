@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,11 @@ import yaml
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
+from agent.racing import NOT_FINITE
 from pruning.plan import Plan
 from selfpruner import profiling
 from selfpruner.cli import main
-from selfpruner.experiment import _Searches, cells_of
+from selfpruner.experiment import _Searches, _slug, _whole, cells_of
 from selfpruner.experiment_config import load_experiment
 from selfpruner.latency_table import Detail
 from selfpruner.progress import Progress
@@ -84,7 +87,7 @@ def test_one_model_is_ranked_once_for_all_budgets(
     study: Path, alone: tuple[str, list[dict[str, Any]]]
 ) -> None:
     del alone
-    assert len(list((study.parent / "alone").rglob("order.json"))) == 1
+    assert len(list((study.parent / "alone").rglob("arena*/**/order.json"))) == 1
     assert len(list((study.parent / "alone").rglob("candidates.jsonl"))) == 8
 
 
@@ -102,6 +105,28 @@ def test_two_workers_come_to_the_figures_of_one(
     assert figures(rows) == figures(alone[1])
     logs = sorted(x.name for x in (study.parent / "side_by_side").glob("worker-*.log"))
     assert logs == ["worker-0.log", "worker-1.log"]
+
+
+def test_a_search_of_another_ranking_is_not_gone_on_with(study: Path, tmp_path: Path) -> None:
+    plan = load_experiment(study)
+    cell = cells_of(plan)[0]
+    searches = _Searches(plan, tmp_path, Progress(), None)
+    searches(cell)
+    (own,) = (x for x in tmp_path.rglob("order.json") if "arena" not in str(x))
+    own.write_text(json.dumps({"order_hash": "of another machine"}))
+    with pytest.raises(ValueError, match="the run began with of another machine"):
+        searches(cell)
+
+
+def test_names_of_models_that_read_alike_have_folders_of_their_own() -> None:
+    names = ["org/name", "org_name", "models/x", "/models/x", "../models/x"]
+    assert len({_slug(name) for name in names}) == len(names)
+    assert all(re.fullmatch(r"[\w.-]+", _slug(name)) for name in names)
+
+
+def test_a_fitness_that_is_not_finite_has_a_word_in_json() -> None:
+    assert _whole(0.5) == 0.5
+    assert _whole(math.inf) == _whole(math.nan) == NOT_FINITE
 
 
 def test_a_finished_experiment_loads_nothing(
@@ -150,7 +175,7 @@ def test_budgets_of_time_have_an_arena_for_every_workload(
         "parameters=0.7",
     ]
     (models,) = [x for x in (tmp_path / "times").iterdir() if x.is_dir()]
-    arenas = {x.name for x in models.glob("arena*")}
+    arenas = {re.sub(r"-[0-9a-f]{12}", "", x.name) for x in models.glob("arena*")}
     assert arenas == {"arena-decode-1-8", "arena-prefill-1-8", "arena"}
 
 

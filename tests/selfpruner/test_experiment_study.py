@@ -153,6 +153,45 @@ def test_nothing_is_claimed_while_a_placebo_is_half_finished() -> None:
     assert "no placebo of it is finished" in verdict.reasons[0]
 
 
+def test_budgets_of_one_seed_claim_nothing() -> None:
+    """They share its draws: ten of them are not ten searches."""
+    rows = [
+        x
+        | {
+            "cell": x["cell"]
+            | {"budget": f"b{x['cell']['seed'] // 2}", "seed": x["cell"]["seed"] % 2}
+        }
+        for x in _race(12, llm=0.05, placebo=0.0).rows
+    ]
+    roles = {"genetic": "classical", "random": "classical", "moves": "llm", "fake": "placebo"}
+    verdict = _study(rows, roles, placebos={"moves": ("fake",)}).verdict()
+    assert not verdict.helps
+    assert "too few seeds" in verdict.reasons[0]
+    assert "over 12 paired units of 2 seeds" in verdict.reasons[0]
+
+
+def test_two_fixed_plans_differ_once_whatever_their_seeds() -> None:
+    rows = _flat("uniform", [1.3] * 5, 0) + _flat("owl", [1.1] * 5, 0) + _flat("cma", [1.0] * 5, 0)
+    for row in rows:
+        row["figures"]["plans"] = 9 if row["cell"]["arm"] == "cma" else 1
+    found = {
+        x.arm: x
+        for x in _study(rows, dict.fromkeys(("uniform", "owl", "cma"), "classical")).comparisons(
+            "owl"
+        )
+    }
+    assert (found["uniform"].units, found["uniform"].p) == (1, 1.0)
+    assert found["cma"].units == 5
+
+
+def test_figures_that_are_not_finite_are_said() -> None:
+    rows = _flat("genetic", [1e30, 1.0], 0) + _flat("random", [1.2, 1.3], 0)
+    study = _study(rows, {"genetic": "classical", "random": "classical"}, control="random")
+    told = {x[0]: dict(zip(COLUMNS, x, strict=True)) for x in lines(study)}["genetic"]
+    assert told["fitness, search tokens"] == "1 of 2 not finite"
+    assert told["minus control, paired"] == "not finite"
+
+
 @pytest.mark.parametrize(
     ("units", "llm", "placebo", "reason"),
     [

@@ -20,7 +20,7 @@ from pruning.plan import Plan
 from selfpruner.arena import Arena
 from selfpruner.config import RunConfig, load_config
 from selfpruner.finishing import best_on_fresh_tokens
-from selfpruner.front import Front, front, knee
+from selfpruner.front import Front, _config, front, knee
 from selfpruner.progress import Progress
 from selfpruner.results import FrontPoint
 from selfpruner.run_folder import RunFolder
@@ -75,6 +75,12 @@ def test_probes_are_shared_and_one_plan_stays_one_plan(tiny_run: Path, tmp_path:
         there = Ledger(folder / "front/0.5")
         assert not there.probes()
         assert (len(there.candidates()) == 1) == (allocator == "flap_global")
+
+
+def test_a_front_has_its_share_of_the_time(tiny_run: Path) -> None:
+    asked = ["front.targets=[0.5]", "front.effort=0.25", "search.seconds=100"]
+    config = load_config(tiny_run, settings=asked)
+    assert _config(config, 0.5).search.seconds == 25
 
 
 def test_every_budget_has_a_plan_within_it_and_tight(
